@@ -1,0 +1,26 @@
+# Every target does all the set-up on a fresh machine: a virtual environment and the packages.
+PYTHON ?= python3
+RUN := .venv/bin/python
+# Spinning OpenMP threads make small steps many times slower when anything else is running.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.venv/ready: requirements.txt requirements-dev.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+.PHONY: demo test lint format
+demo: .venv/ready
+	$(RUN) demo.py
+
+test: .venv/ready
+	$(RUN) -m pytest
+
+lint: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+format: .venv/ready
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .

@@ -1,0 +1,218 @@
+"""What the thesis takes for granted of CLIP: E^v, E^t, and dense features. Nothing here is learned.
+
+Every function takes an `open_clip.CLIP` with a plain ViT, be it the tiny one of the shapes world
+or ViT-B/16. Shapes: B images or texts, L text positions, h x w patches, C the embedding width.
+"""
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from torch import Tensor, nn
+
+from config import UserError
+
+# The input statistics are ImageNet's, as in both released programs, not CLIP's own.
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SOS, EOT = 49406, 49407  # the BPE vocabulary's first and last token of every text
+
+SHAPES_WEIGHTS = Path(__file__).parent / "datasets" / "shapes_clip.pt"
+SHAPES_ARCHITECTURE = dict(
+    embed_dim=64,
+    vision_cfg=dict(
+        image_size=64,
+        patch_size=8,
+        width=64,
+        layers=4,
+        head_width=16,
+        pos_embed_type="sin_cos_2d",
+    ),
+    text_cfg=dict(width=64, heads=4, layers=2),
+    quick_gelu=True,
+)
+
+
+def load_clip(name: str, weights: str = "openai") -> open_clip.CLIP:
+    """Create a frozen CLIP in evaluation mode.
+
+    name: an open_clip architecture with a plain ViT, or "shapes" for the shapes world's own.
+    weights: an open_clip tag, a local file, or "none" for random weights; "shapes" ignores it.
+    Raises UserError for an unknown name, another architecture, or weights that cannot be had.
+    """
+    clip = _load_shapes_clip() if name == "shapes" else _load_open_clip(name, weights)
+    visual = getattr(clip, "visual", None)
+    plain = (
+        isinstance(clip, open_clip.CLIP)
+        and isinstance(visual, VisionTransformer)
+        and visual.attn_pool is None
+        and visual.pool_type == "tok"
+        and isinstance(visual.transformer.resblocks[0], ResidualAttentionBlock)
+        and clip.text_pool_type == "argmax"
+        and clip.text_projection.shape[0] == clip.text_projection.shape[1]
+    )
+    if not plain:
+        raise UserError(
+            f"--clip {name}: only plain ViTs with CLIP's own text tower are supported "
+            "(for example ViT-B-16-quickgelu, ViT-B-32-quickgelu or ViT-L-14-quickgelu)"
+        )
+    return clip.eval().requires_grad_(False)
+
+
+def _load_shapes_clip() -> open_clip.CLIP:
+    clip = open_clip.CLIP(**SHAPES_ARCHITECTURE)
+    if not SHAPES_WEIGHTS.exists():
+        raise UserError(f"{SHAPES_WEIGHTS} is missing: `python pretrain.py` makes it")
+    stored = torch.load(SHAPES_WEIGHTS, weights_only=True)
+    state = {name: value.float() for name, value in stored["state"].items()}
+    # Only the rows of tokens that the shapes world and CLIP's templates use are stored.
+    table = torch.zeros_like(clip.token_embedding.weight)
+    table[stored["tokens"]] = state["token_embedding.weight"]
+    clip.load_state_dict(state | {"token_embedding.weight": table})
+    return clip
+
+
+def _load_open_clip(name: str, weights: str) -> nn.Module:
+    if name not in open_clip.list_models():
+        known = ", ".join(n for n in open_clip.list_models() if n.startswith("ViT-B-"))
+        raise UserError(f"--clip {name}: open_clip has no such model; 'shapes', {known}, ...")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if weights != "none" and weights not in tags and not Path(weights).is_file():
+        raise UserError(
+            f"--clip-weights {weights}: neither a file nor one of {name}'s tags ({', '.join(tags)})"
+        )
+    try:
+        with _quiet():
+            return open_clip.create_model(name, pretrained=None if weights == "none" else weights)
+    except Exception as error:  # downloads fail in many ways; so do files of another model
+        if weights in tags:
+            source = open_clip.get_pretrained_cfg(name, weights)
+            where = source.get("url") or f"https://huggingface.co/{source['hf_hub'].rstrip('/')}"
+            raise UserError(
+                f"the weights {weights!r} of {name} could not be downloaded; fetch {where} by "
+                "hand, put the file anywhere and name it with --clip-weights FILE"
+            ) from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--clip-weights {weights}: not weights of {name} ({reason})") from error
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keep open_clip's and the hub's retries off the terminal: our error says it in a line."""
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+# --- the visual tower -----------------------------------------------------------------------------
+
+
+def visual_hidden(clip: open_clip.CLIP, images: Tensor) -> Tensor:
+    """Token sequence before the last visual block: (B, 3, H, W) -> (B, 1 + h*w, width).
+
+    H and W are any multiples of the patch: the positional embedding is resized bicubically, with
+    the class token's kept apart. These hidden states are what the frozen last block (MaskCLIP) and
+    its trainable copy (the image segmenter) share.
+    """
+    visual = clip.visual
+    x = visual.conv1(images)  # (B, width, h, w)
+    h, w = x.shape[-2:]
+    x = x.flatten(2).transpose(1, 2)  # (B, h*w, width)
+    first, grid = visual.positional_embedding.split([1, visual.positional_embedding.shape[0] - 1])
+    if (h, w) != visual.grid_size:
+        grid = grid.T.reshape(1, -1, *visual.grid_size)
+        grid = F.interpolate(grid, (h, w), mode="bicubic", align_corners=False)
+        grid = grid.flatten(2)[0].T  # (h*w, width)
+    class_token = (visual.class_embedding + first).expand(len(x), 1, -1)
+    x = visual.ln_pre(torch.cat([class_token.to(x.dtype), x + grid], dim=1))
+    for block in visual.transformer.resblocks[:-1]:
+        x = block(x)
+    return x
+
+
+def maskclip_block(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
+    """A residual block in which every token attends to itself alone (MaskCLIP): (B, N, width).
+
+    The attention then is out_proj(value(ln_1(x))); the residual and the MLP are kept.
+    """
+    width = x.shape[-1]
+    weight, bias = block.attn.in_proj_weight[2 * width :], block.attn.in_proj_bias[2 * width :]
+    x = x + block.attn.out_proj(F.linear(block.ln_1(x), weight, bias))
+    return x + block.mlp(block.ln_2(x))
+
+
+def dense_embedding(clip: open_clip.CLIP, hidden: Tensor) -> Tensor:
+    """MaskCLIP's dense features from `visual_hidden`, projected and normalised: (B, h*w, C)."""
+    visual = clip.visual
+    x = maskclip_block(visual.transformer.resblocks[-1], hidden[:, 1:])
+    return F.normalize(visual.ln_post(x) @ visual.proj, dim=-1, eps=1e-6)
+
+
+def image_embedding(clip: open_clip.CLIP, images: Tensor) -> Tensor:
+    """E^v, CLIP's pooled image embedding, normalised: (B, 3, S, S) -> (B, C)."""
+    return F.normalize(clip.visual(images), dim=-1, eps=1e-6)
+
+
+# --- the text tower -------------------------------------------------------------------------------
+
+
+def tokenize(texts: Sequence[str], context_length: int = 77) -> Tensor:
+    """BPE token ids [SOS] ... [EOT], zero-padded to the longest text: (B, L) int64.
+
+    The text tower is causal and read at EOT, so positions beyond the longest EOT change nothing
+    and are never computed. Longer texts than the context are cut, EOT kept.
+    """
+    tokens = open_clip.tokenize(list(texts), context_length)
+    return tokens[:, : int(end_of_text(tokens).max()) + 1]
+
+
+def end_of_text(tokens: Tensor) -> Tensor:
+    """Position of EOT, the largest token id: (B, L) -> (B,)."""
+    return tokens.argmax(dim=-1)
+
+
+def text_hidden(clip: open_clip.CLIP, embeddings: Tensor) -> Tensor:
+    """Last hidden states of the causal text tower, before ln_final.
+
+    embeddings: token embeddings without positions (B, L, C_t), L <= 77. Returns the same shape.
+    """
+    length = embeddings.shape[1]
+    x = embeddings + clip.positional_embedding[:length]
+    return clip.transformer(x, attn_mask=clip.attn_mask[:length, :length])
+
+
+def text_embedding(clip: open_clip.CLIP, embeddings: Tensor, eot: Tensor) -> Tensor:
+    """E^t, CLIP's text embedding read at EOT, normalised: (B, L, C_t), (B,) -> (B, C).
+
+    It starts from token embeddings, so that learned vectors may stand among them (KgCoOp, Eq. 3.5).
+    """
+    hidden = text_hidden(clip, embeddings)
+    pooled = clip.ln_final(hidden[torch.arange(len(eot), device=eot.device), eot])
+    return F.normalize(pooled @ clip.text_projection, dim=-1, eps=1e-6)
+
+
+def embed_texts(clip: open_clip.CLIP, tokens: Tensor) -> Tensor:
+    """E^t of tokenised texts: (B, L) -> (B, C)."""
+    return text_embedding(clip, clip.token_embedding(tokens), end_of_text(tokens))
+
+
+@torch.no_grad()
+def template_embedding(
+    clip: open_clip.CLIP, names: Sequence[str], templates: Sequence[str]
+) -> Tensor:
+    """One embedding per name, ensembled over templates with a {}: normalise, mean, normalise.
+
+    Returns (N, C). One name at a time bounds memory, whatever the number of classes.
+    """
+    device = clip.text_projection.device
+    rows = []
+    for name in names:
+        texts = tokenize([template.format(name) for template in templates]).to(device)
+        rows.append(embed_texts(clip, texts).mean(0))
+    return F.normalize(torch.stack(rows), dim=-1, eps=1e-6)

@@ -1,0 +1,284 @@
+"""Plain dataclasses shared by the scripts, their presets, and how they become a command line."""
+
+import argparse
+import os
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import torch
+import torch.distributed as dist
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: the message says what, where, and what to do."""
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its line of --help."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelConfig:
+    """What the network is. Stored in every checkpoint."""
+
+    clip: str = option("ViT-B-16-quickgelu", "an open_clip ViT, or 'shapes' for the built-in one")
+    clip_weights: str = option(
+        "openai", "open_clip tag, a local file, or 'none' for random weights"
+    )
+    context_init: str = option(
+        "A photo of" + " x" * 13, "text whose tokens start the learned context"
+    )
+    upsampling_blocks: int = option(2, "image segmenter: blocks that double the mask grid")
+    convs_per_block: int = option(1, "residual convolutions per block (TCL's own release: 2)")
+    text_layers: int = option(2, "text segmenter: learned residual attention blocks")
+    mask_scale: float = option(10.0, "start of w in the soft mask sigmoid(w s + b)")
+    mask_bias: float = option(-2.5, "start of b in the soft mask sigmoid(w s + b)")
+    word_scale: float = option(10.0, "start of w in Eq. 3.2")
+    word_bias: float = option(0.0, "start of b in Eq. 3.2")
+    co_decomposition: bool = option(
+        True, "ablation C: decompose the text too and align (section 3.4)"
+    )
+    word_prompt: bool = option(True, "ablation W: learn P^t of Eq. 3.5 (otherwise zeros)")
+    region_prompt: bool = option(True, "ablation R: learn P^v of Eq. 3.4 (otherwise zeros)")
+    word_segments: bool = option(
+        True, "align with word segments (otherwise with bare noun embeddings)"
+    )
+
+
+@dataclass
+class LossConfig:
+    """Weights of Eq. 3.8 and of the terms inside L_seg^v and L_seg^t."""
+
+    lambda_kg: float = option(8.0, "noun embedding loss, Eq. 3.1")
+    lambda_seg_v: float = option(1.0, "image segmentation loss")
+    lambda_seg_t: float = option(1.0, "text segmentation loss")
+    lambda_hcl: float = option(0.5, "highlighted region-word contrastive loss, Eq. 3.7")
+    image_contrast: float = option(0.1, "in L_seg^v: highlighted image against noun")
+    region_contrast: float = option(0.1, "in L_seg^v: mask-pooled features against noun")
+    area: float = option(0.5, "in L_seg^v: area of the masks of an image's own nouns")
+    area_prior: float = option(0.25, "share of the picture that an own noun should cover")
+    area_others: float = option(0.05, "in L_seg^v: area of the masks of all other nouns (prior 0)")
+    smooth_features: float = option(1.0, "in L_seg^v: total variation of the image embedding")
+    smooth_masks: float = option(1.0, "in L_seg^v: total variation of the soft masks")
+    none_weight: float = option(0.5, "in L_seg^t: weight of words that belong to no noun")
+    pseudo_labels: str = option(
+        "thesis", "in L_seg^t: 'thesis' (arg-max) or 'release' (noun tokens)"
+    )
+
+
+@dataclass
+class TrainConfig:
+    """How it is trained (section 3.5)."""
+
+    preset: str = option("thesis", "named set of defaults: thesis, shapes")
+    pairs: str | None = option(None, "folder of pictures with same-named .txt captions")
+    shards: str = option("data/cc/{000000..001574}.tar", "webdataset shards of CC3M + CC12M")
+    out: str = option("out/train", "folder for the checkpoint, the configuration and the log")
+    steps: int = option(50_000, "optimizer steps")
+    batch_size: int = option(64, "image-text pairs in a step, over all processes")
+    nouns: int = option(2, "J, nouns drawn per pair")
+    lr: float = option(5e-6, "peak learning rate")
+    final_lr: float = option(0.125, "learning rate at the end, as a share of the peak")
+    warmup: float = option(0.3, "share of the steps with linear warm-up")
+    unfreeze: float = option(0.6, "share of the steps before the last visual block's copy trains")
+    weight_decay: float = option(0.05, "AdamW; none on biases, LayerNorms, prompts and scalars")
+    max_grad_norm: float = option(5.0, "gradient clipping")
+    min_crop: float = option(0.9, "least share of the picture that a random crop keeps")
+    seed: int = option(0, "everything random follows from it")
+    device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
+    workers: int = option(2, "data loading processes per training process; 0 loads in the main one")
+    log_every: int = option(10, "steps between two lines of log.jsonl")
+    checkpoint_every: int = option(1000, "steps between two checkpoints")
+    resume: bool = option(False, "go on from last.pt in --out")
+
+
+@dataclass
+class EvalConfig:
+    """How it is evaluated (section 4.1). The constants are those of the released programs."""
+
+    dataset: str = option("shapes", "a benchmark, or 'all' for the six of the thesis's table 4.1")
+    root: str = option("data", "folder with the raw benchmark folders")
+    checkpoint: str | None = option(None, "trained model (not needed by --method maskclip)")
+    method: str = option("code", "'code', or 'maskclip' for the training-free prior branch alone")
+    clip: str = option("ViT-B-16-quickgelu", "CLIP of --method maskclip without a checkpoint")
+    clip_weights: str = option("openai", "its weights: open_clip tag, local file or 'none'")
+    device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
+    json: str | None = option(None, "file to write the figures to")
+    save_predictions: str | None = option(None, "folder for label maps as indexed PNGs, raw ids")
+    show: int = option(0, "write N pictures: image, ground truth, prediction, legend")
+    show_dir: str = option("out/show", "folder for the pictures of --show")
+    limit: int | None = option(None, "evaluate the first N images only; the figures are partial")
+    pamr: bool = option(True, "refine the masks with PAMR")
+    pamr_iterations: int = option(10, "steps of PAMR")
+    pamr_dilations: tuple[int, ...] = option((1, 2, 4, 8, 12, 24), "distances of PAMR's neighbours")
+    background_threshold: float | None = option(None, "default: 0.4 with PAMR, 0.5 without")
+    prior_weight: float = option(0.3, "share of the prior branch in the masks")
+    prior_scale: float = option(10.0, "prior branch: w in sigmoid(w (s - b))")
+    prior_bias: float = option(0.25, "prior branch: b in sigmoid(w (s - b))")
+    short_side: int = option(448, "images are resized to this short side")
+    long_side: int = option(2048, "or to this long side if it would be longer")
+    window: int = option(448, "side of a sliding window")
+    stride: int = option(224, "distance of two windows")
+
+
+# Section 11 of the protocol: templates of the prior branch's class embeddings.
+PRIOR_TEMPLATES = (
+    "itap of a {}.",
+    "a bad photo of a {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+    "a photo of many {}.",
+    "a photo of {}s.",
+)
+
+
+def parse(description: str, *configs: type, presets: dict[str, dict] | None = None) -> tuple:
+    """Turn dataclasses into a command line and return their instances.
+
+    Every field becomes an option of its name (`batch_size` -> --batch-size) with its explanation
+    in --help; a bool becomes --name / --no-name. `presets` maps values of --preset (or --dataset,
+    whichever of the two exists) to other defaults, which the command line still overrides.
+    Wrong options and values print one line on stderr and exit with 2.
+    """
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [f.name for config in configs for f in fields(config)]
+    chooser = "preset" if "preset" in names else "dataset"
+    for config in configs:
+        group = parser.add_argument_group(config.__doc__.splitlines()[0])
+        for f in fields(config):
+            _add_option(group, f)
+    arguments = vars(parser.parse_args())
+    chosen = arguments.get(chooser)
+    if presets and chosen in presets:
+        parser.set_defaults(**presets[chosen])
+        arguments = vars(parser.parse_args())
+    return tuple(
+        config(**{f.name: arguments[f.name] for f in fields(config)}) for config in configs
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        """One line, without the usage block before it."""
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all options)\n")
+
+
+def _add_option(group: argparse._ArgumentGroup, f) -> None:
+    flag = "--" + f.name.replace("_", "-")
+    kind, default, text = f.type, f.default, f.metadata["help"]
+    shown = "" if default is None else f" [{default}]"
+    if get_origin(kind) is types.UnionType:  # "X | None"
+        kind = next(t for t in get_args(kind) if t is not type(None))
+    if kind is bool:
+        action = argparse.BooleanOptionalAction
+        group.add_argument(flag, action=action, default=default, help=text + shown)
+    elif get_origin(kind) is tuple:
+        group.add_argument(
+            flag, type=get_args(kind)[0], nargs="+", default=default, help=text + shown
+        )
+    else:
+        group.add_argument(flag, type=kind, default=default, help=text + shown)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's main; a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{sys.argv[0]}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of --device; "auto" is this process's GPU if there is one. Raises UserError."""
+    if name == "auto":
+        local = os.environ.get("LOCAL_RANK", "0")
+        name = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def start_processes(device: torch.device) -> None:
+    """Join the other processes if torchrun started this one."""
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def stop_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def process_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def process_count() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def save_text(text: str, path: str | Path) -> None:
+    """Write a text file by way of a temporary name. Raises UserError."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} could not be written ({error.strerror})") from error
+
+
+# The six of the thesis's table 4.1, in its order; TCL's two variants without background; our own.
+THESIS_DATASETS = ("voc", "context", "coco_object", "coco_stuff", "cityscapes", "ade20k")
+DATASETS = (*THESIS_DATASETS, "voc20", "context59", "shapes")
+
+# What differs from the thesis in the shapes world, whose pictures are 64 pixels wide and whose CLIP
+# has higher cosines than the real one.
+TRAIN_PRESETS = {
+    "thesis": {},
+    "shapes": dict(
+        clip="shapes",
+        steps=900,
+        batch_size=16,
+        lr=2e-3,
+        final_lr=0.1,
+        warmup=0.1,
+        context_init="a photo of a",
+        mask_scale=20.0,
+        mask_bias=-7.0,
+        image_contrast=0.5,
+        region_contrast=0.5,
+        area=2.0,
+        area_others=2.0,
+        area_prior=0.3,
+        workers=0,
+    ),
+}
+EVAL_PRESETS = {
+    "shapes": dict(
+        clip="shapes",
+        short_side=64,
+        window=64,
+        stride=64,
+        pamr_dilations=(1, 2, 4, 8),
+        prior_scale=15.0,
+        prior_bias=0.5,
+    ),
+}
