@@ -1,0 +1,145 @@
+"""Pictures of what the model does: overlays, legends, coloured captions, contact sheets."""
+
+import colorsys
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from config import UserError
+
+INK, PAPER = (32, 33, 36), (255, 255, 255)
+Colour = tuple[int, int, int]
+
+
+def palette(count: int) -> list[Colour]:
+    """Well separated colours: hues by the golden angle, in three brightnesses."""
+    colours = []
+    for i in range(count):
+        rgb = colorsys.hsv_to_rgb((0.02 + i * 0.381966) % 1, 0.85, (0.95, 0.75, 0.55)[i % 3])
+        colours.append(tuple(round(255 * value) for value in rgb))
+    return colours
+
+
+def font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
+
+
+def overlay(
+    image: Image.Image, labels: np.ndarray, colours: Sequence[Colour], opacity: float = 0.6
+) -> Image.Image:
+    """Tint a picture by a label map and outline the regions.
+
+    labels: (H, W), -1 = untouched, i = colours[i]. Untouched pixels fade towards grey.
+    """
+    pixels = np.asarray(image.convert("RGB"), np.float32)
+    grey = pixels.mean(-1, keepdims=True).repeat(3, -1)
+    table = np.array([*colours, (0, 0, 0)], np.float32)
+    tinted = pixels * (1 - opacity) + table[labels] * opacity
+    result = np.where((labels >= 0)[..., None], tinted, 0.5 * pixels + 0.35 * grey + 38)
+    edge = np.zeros(labels.shape, bool)
+    edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+    edge[1:] |= labels[1:] != labels[:-1]
+    result[edge] = 255
+    return Image.fromarray(result.clip(0, 255).astype(np.uint8))
+
+
+def legend(
+    names: Sequence[str], colours: Sequence[Colour], width: int, size: int = 14
+) -> Image.Image:
+    """Names beside patches of their colours, in as many lines as the width needs."""
+    writing, places, x, y = font(size), [], size // 2, size // 2
+    for name in names:
+        needed = int(writing.getlength(name)) + round(2.6 * size)
+        if x + needed > width and x > size // 2:
+            x, y = size // 2, y + round(1.6 * size)
+        places.append((x, y))
+        x += needed
+    picture = Image.new("RGB", (width, y + round(1.8 * size)), PAPER)
+    pen = ImageDraw.Draw(picture)
+    for name, colour, (x, y) in zip(names, colours, places):
+        pen.rectangle((x, y + 2, x + size, y + size + 2), fill=colour)
+        pen.text((x + round(1.4 * size), y), name, INK, writing)
+    return picture
+
+
+def coloured_text(
+    words: Sequence[tuple[str, Colour | None]], size: tuple[int, int], letters: int = 14
+) -> Image.Image:
+    """Words set in lines and centred in height; a word with a colour is underlined with it."""
+    writing, space = font(letters), font(letters).getlength(" ")
+    lines: list[list[tuple[float, str, Colour | None]]] = [[]]
+    x = margin = letters / 2
+    for word, colour in words:
+        length = writing.getlength(word)
+        if x + length > size[0] - margin and lines[-1]:
+            lines.append([])
+            x = margin
+        lines[-1].append((x, word, colour))
+        x += length + space
+    picture = Image.new("RGB", size, PAPER)
+    pen = ImageDraw.Draw(picture)
+    step = round(1.7 * letters)
+    y = max(margin, (size[1] - step * len(lines)) / 2)
+    for line in lines:
+        for x, word, colour in line:
+            pen.text((x, y), word, INK, writing)
+            if colour is not None:
+                end = x + writing.getlength(word)
+                pen.rectangle((x, y + 1.25 * letters, end, y + 1.45 * letters), fill=colour)
+        y += step
+    return picture
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], cell: int = 160, gap: int = 6
+) -> Image.Image:
+    """Pictures in rows under column titles; each is scaled to a cell x cell square (nearest)."""
+    head, writing = 28, font(15)
+    width = gap + len(titles) * (cell + gap)
+    sheet = Image.new("RGB", (width, head + len(rows) * (cell + gap)), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        x = gap + column * (cell + gap)
+        pen.text((x + cell / 2, head / 2), title, INK, writing, anchor="mm")
+        for row, pictures in enumerate(rows):
+            picture = pictures[column]
+            if picture.size != (cell, cell):
+                picture = picture.resize((cell, cell), Image.Resampling.NEAREST)
+            sheet.paste(picture, (x, head + row * (cell + gap)))
+    return sheet
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write a PNG by way of a temporary name. Raises UserError."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(temporary, format="PNG")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} could not be written ({error.strerror})") from error
+
+
+def beside(*pictures: Image.Image) -> Image.Image:
+    """Pictures side by side, top edges aligned."""
+    height = max(picture.height for picture in pictures)
+    joined = Image.new("RGB", (sum(picture.width for picture in pictures), height), PAPER)
+    x = 0
+    for picture in pictures:
+        joined.paste(picture, (x, 0))
+        x += picture.width
+    return joined
+
+
+def below(*pictures: Image.Image) -> Image.Image:
+    """Pictures one below the other, left edges aligned."""
+    width = max(picture.width for picture in pictures)
+    joined = Image.new("RGB", (width, sum(picture.height for picture in pictures)), PAPER)
+    y = 0
+    for picture in pictures:
+        joined.paste(picture, (0, y))
+        y += picture.height
+    return joined
