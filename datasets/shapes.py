@@ -1,0 +1,376 @@
+"""The shapes world: small drawn scenes with captions for training and exact masks for evaluation.
+
+Everything is a function of a seed: `scene("train", 7)` is the same picture on every machine.
+A scene has one to three objects on a named surface. Every noun has an outline *and* an inner
+texture of its own, as things in nature do; colour, pattern and size vary freely within a noun and
+are what the adjectives of the caption speak of.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from datasets import Benchmark
+
+SIDE = 64  # pixels; the mask grid of an 8-pixel patch is 4 x 8 = 32 cells wide
+_OVERSAMPLING = 2  # scenes are painted this much larger and averaged down, for smooth outlines
+
+COLOURS = {
+    "red": (205, 45, 40),
+    "yellow": (238, 216, 50),
+    "green": (50, 150, 60),
+    "white": (240, 240, 238),
+    "black": (38, 38, 44),
+    "brown": (120, 76, 42),
+    "gray": (134, 136, 142),
+    "golden": (214, 160, 28),
+}
+PATTERNS = ("striped", "spotted", "shiny")
+SMALL, LARGE = ("small", "tiny"), ("big", "large", "huge")
+
+
+# --- objects: (u, v) in object coordinates, u to the right, v downwards, outline about within 1 ---
+# Each returns the silhouette (bool) and a tone: -1 paints black, 0 the object's colour, +1 white.
+
+
+def _ball(u, v):
+    seams = (np.abs(np.abs(u) - 0.75 + 0.35 * v * v) < 0.09) | (np.abs(u) < 0.07)
+    return u * u + v * v < 0.9, np.where(seams, -0.75, 0.25 - 0.35 * (u + v))
+
+
+def _box(u, v):
+    tape = (np.abs(u) < 0.16) | (np.abs(v) < 0.16)
+    edge = np.maximum(np.abs(u), np.abs(v)) > 0.68
+    return np.maximum(np.abs(u), np.abs(v)) < 0.84, np.where(tape, 0.75, np.where(edge, -0.5, 0.0))
+
+
+def _kite(u, v):
+    return np.abs(u) / 0.72 + np.abs(v) < 1, np.where((u > 0) == (v > -0.15), 0.5, -0.45)
+
+
+def _star(u, v):
+    radius, angle = np.hypot(u, v), np.arctan2(u, -v)
+    fold = np.abs((angle / (2 * np.pi / 5) + 0.5) % 1 - 0.5) * 2  # 0 on a tip, 1 between two tips
+    return radius < 1.05 - 0.62 * fold**0.75, np.where(radius < 0.33, 0.8, -0.7 * fold)
+
+
+def _heart(u, v):
+    x, y = 1.15 * u, -1.15 * v + 0.1
+    inside = (x * x + y * y - 0.8) ** 3 - 1.3 * x * x * y**3 < 0
+    rim = (x * x * 2 + y * y * 2 - 0.8) ** 3 - 1.3 * 8 * x * x * y**3 > 0
+    return inside, np.where(rim, -0.1, 0.6)
+
+
+def _wheel(u, v):
+    radius, angle = np.hypot(u, v), np.arctan2(v, u)
+    spokes = np.abs(np.sin(4 * angle)) * radius < 0.22
+    tone = np.where(radius > 0.7, -0.75, np.where(spokes, 0.0, 0.8))
+    return radius < 0.95, tone
+
+
+def _moon(u, v):
+    inside = (u * u + v * v < 0.95) & ((u - 0.5) ** 2 + (v + 0.1) ** 2 > 0.42)
+    craters = np.zeros(u.shape, bool)
+    for x, y, r in ((-0.6, -0.2, 0.17), (-0.35, 0.5, 0.2), (0.2, 0.75, 0.12), (-0.35, -0.65, 0.13)):
+        craters |= (u - x) ** 2 + (v - y) ** 2 < r * r
+    return inside, np.where(craters, -0.6, 0.3)
+
+
+def _flower(u, v):
+    radius, angle = np.hypot(u, v), np.arctan2(v, u)
+    petal = np.abs(np.cos(3 * angle))
+    tone = np.where(radius < 0.28, -0.8, np.where(petal < 0.35, -0.35, 0.35))
+    return radius < 0.5 + 0.47 * petal, tone
+
+
+def _house(u, v):
+    roof = (v < -0.1) & (np.abs(u) < (v + 0.95) * 1.1)
+    walls = (np.abs(v - 0.4) < 0.5) & (np.abs(u) < 0.7)
+    door = (np.abs(u) < 0.16) & (v > 0.4)
+    windows = (np.abs(np.abs(u) - 0.42) < 0.14) & (np.abs(v - 0.2) < 0.14)
+    tone = np.where(door | windows, -0.85, np.where(roof, -0.45, 0.45))
+    return roof | walls, tone
+
+
+def _tree(u, v):
+    crown = np.zeros(u.shape, bool)
+    for top in (-1.0, -0.55, -0.1):
+        crown |= (v > top) & (v < top + 0.65) & (np.abs(u) < (v - top) * 1.1)
+    trunk = (np.abs(u) < 0.14) & (np.abs(v - 0.75) < 0.25)
+    layers = ((v + 1.0) / 0.45) % 1
+    return crown | trunk, np.where(trunk & ~crown, -0.7, 0.4 - 0.9 * layers)
+
+
+def _fish(u, v):
+    body = ((u + 0.2) / 0.78) ** 2 + (v / 0.5) ** 2 < 1
+    tail = (u > 0.4) & (u < 0.95) & (np.abs(v) < (u - 0.3) * 0.85)
+    scales = np.hypot((u * 4.2) % 1 - 0.5, ((v + 0.12 * np.floor(u * 4.2)) * 4.2) % 1 - 0.5) > 0.42
+    eye = (u + 0.65) ** 2 + (v + 0.1) ** 2
+    tone = np.where(tail & ~body, 0.45, np.where(scales, -0.4, 0.25))
+    return body | tail, np.where(eye < 0.012, -1, np.where(eye < 0.04, 1, tone))
+
+
+def _bug(u, v):
+    body = (u / 0.72) ** 2 + ((v - 0.12) / 0.78) ** 2 < 1
+    head = u * u + (v + 0.72) ** 2 < 0.07
+    legs = (np.abs(np.abs(v - 0.1) - 0.36) < 0.06) | (np.abs(v - 0.1) < 0.06)
+    dots = (np.abs(u) - 0.34) ** 2 + (np.abs(v - 0.15) - 0.3) ** 2 < 0.024
+    dark = head | (np.abs(u) < 0.06) | dots | (v < -0.38)
+    return body | head | (legs & (np.abs(u) < 0.95)), np.where(
+        dark, -0.85, np.where(body, 0.1, -0.8)
+    )
+
+
+OBJECTS = {
+    "ball": _ball,
+    "box": _box,
+    "kite": _kite,
+    "star": _star,
+    "heart": _heart,
+    "wheel": _wheel,
+    "moon": _moon,
+    "flower": _flower,
+    "house": _house,
+    "tree": _tree,
+    "fish": _fish,
+    "bug": _bug,
+}
+
+
+# --- surfaces: (x, y) in pixels of the scene, a random generator -> tone; their colour is fixed ---
+
+
+def _grass(x, y, rng):
+    blades = np.sin(x * 1.9 + 2.2 * np.sin(y * 0.35 + rng.uniform(0, 6))) * np.sin(y * 0.8)
+    return 0.25 * blades + 0.12 * rng.standard_normal(x.shape)
+
+
+def _sand(x, y, rng):
+    return 0.07 * np.sin(0.25 * y + 0.1 * x + rng.uniform(0, 6)) + 0.13 * rng.standard_normal(
+        x.shape
+    )
+
+
+def _water(x, y, rng):
+    wave = np.sin(0.75 * y + 1.5 * np.sin(0.16 * x + rng.uniform(0, 6)) + rng.uniform(0, 6))
+    return 0.3 * wave * np.abs(wave)
+
+
+def _brick(x, y, rng):
+    x, y = x + rng.uniform(0, 16), y + rng.uniform(0, 8)
+    row = np.floor(y / 8)
+    mortar = (y % 8 < 1.4) | ((x + 8 * (row % 2)) % 16 < 1.4)
+    tint = 0.12 * np.sin(12.9 * row + 78.2 * np.floor((x + 8 * (row % 2)) / 16))
+    return np.where(mortar, 0.5, tint)
+
+
+def _wood(x, y, rng):
+    x = x + rng.uniform(0, 16)
+    grain = np.sin(2.2 * x + 1.6 * np.sin(0.12 * y + 3 * np.floor(x / 16)))
+    return np.where(x % 16 < 1.3, -0.55, 0.14 * grain)
+
+
+def _snow(x, y, rng):
+    drift = np.sin(0.11 * x + rng.uniform(0, 6)) * np.sin(0.13 * y + rng.uniform(0, 6))
+    return 0.12 * drift - 0.08 + 0.05 * rng.standard_normal(x.shape)
+
+
+SURFACES = {
+    "grass": (_grass, (84, 138, 52)),
+    "sand": (_sand, (214, 188, 136)),
+    "water": (_water, (52, 112, 178)),
+    "brick": (_brick, (158, 78, 60)),
+    "wood": (_wood, (150, 104, 62)),
+    "snow": (_snow, (232, 238, 246)),
+}
+NOUNS = tuple(OBJECTS) + tuple(SURFACES)
+CLASS_NAMES = ("background", *OBJECTS)  # label 0 is any surface
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One drawn object: its noun, the adjectives that are true of it, and where it is.
+
+    x, y: centre, radius: half its side, in pixels of the scene. angle: radians.
+    """
+
+    noun: str
+    colour: str
+    pattern: str | None
+    x: float
+    y: float
+    radius: float
+    angle: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A drawn scene.
+
+    image: (64, 64, 3) uint8; label: (64, 64) uint8, indices into CLASS_NAMES (0 = the surface);
+    things: its objects in the order they were painted.
+    """
+
+    image: np.ndarray
+    label: np.ndarray
+    things: tuple[Thing, ...]
+    surface: str
+    caption: str
+
+
+def _shade(colour: np.ndarray, tone: np.ndarray) -> np.ndarray:
+    """Mix a colour (..., 3) with black (tone -1) or white (tone +1); tone (h, w)."""
+    tone = np.clip(tone, -1, 1).astype(np.float32)[..., None]
+    return colour * (1 - np.abs(tone)) + 255 * np.maximum(tone, 0)
+
+
+def _paint(image: np.ndarray, label: np.ndarray, thing: Thing) -> None:
+    """Paint a thing over image (64, 64, 3) and label (64, 64), in place."""
+    reach = thing.radius * 1.45  # the corner of a turned square
+    top, left = (max(0, int(centre - reach)) for centre in (thing.y, thing.x))
+    bottom, right = (min(SIDE, int(centre + reach) + 1) for centre in (thing.y, thing.x))
+    height, width = bottom - top, right - left
+    # Object coordinates of every sample: painted finer than the pixels and averaged.
+    n = _OVERSAMPLING
+    y = ((np.arange(height * n) + 0.5) / n + top - thing.y)[:, None] / thing.radius
+    x = ((np.arange(width * n) + 0.5) / n + left - thing.x)[None, :] / thing.radius
+    cos, sin = np.cos(thing.angle), np.sin(thing.angle)
+    u, v = (cos * x + sin * y).astype(np.float32), (cos * y - sin * x).astype(np.float32)
+    inside, tone = OBJECTS[thing.noun](u, v)
+    colour = np.array(COLOURS[thing.colour], np.float32)
+    second = np.array((245, 245, 240) if colour.mean() < 150 else (40, 50, 120), np.float32)
+    if thing.pattern == "striped":
+        colour = np.where((np.sin(9 * (u + v)) > 0.4)[..., None], second, colour)
+    elif thing.pattern == "spotted":
+        spots = np.hypot((2.6 * u + 0.5) % 1 - 0.5, (2.6 * v) % 1 - 0.5) < 0.25
+        colour = np.where(spots[..., None], second, colour)
+    elif thing.pattern == "shiny":
+        tone = tone + 0.9 * np.exp(-9 * ((u - 0.3) ** 2 + (v + 0.35) ** 2))
+    paint = _shade(colour, tone) * inside[..., None]
+    paint, coverage = (
+        sum(fine[i::n, j::n].astype(np.float32) for i in range(n) for j in range(n)) / n**2
+        for fine in (paint, inside)
+    )
+    patch = image[top:bottom, left:right]
+    patch[:] = patch * (1 - coverage[..., None]) + paint
+    label[top:bottom, left:right][coverage >= 0.5] = CLASS_NAMES.index(thing.noun)
+
+
+def _place(rng: np.random.Generator, nouns: list[str]) -> list[Thing]:
+    """Scatter things so that none hides much of another."""
+    things: list[Thing] = []
+    for noun in nouns:
+        side = rng.uniform(0.34, 0.66 if len(nouns) < 3 else 0.5)
+        radius = side * SIDE / 2
+        best, best_gap = None, -np.inf
+        for _ in range(30):
+            x, y = rng.uniform(radius * 0.9, SIDE - radius * 0.9, 2)
+            gap = min((np.hypot(x - t.x, y - t.y) - radius - t.radius for t in things), default=0)
+            if gap > best_gap:
+                best, best_gap = (x, y), gap
+            if best_gap >= -2:
+                break
+        pattern = PATTERNS[rng.integers(3)] if rng.random() < 0.4 else None
+        colour = list(COLOURS)[rng.integers(len(COLOURS))]
+        angle = np.deg2rad(rng.uniform(-20, 20))
+        things.append(Thing(noun, colour, pattern, *best, radius, angle))
+    return things
+
+
+def describe(rng: np.random.Generator, thing: Thing, article: bool = True) -> str:
+    """A noun phrase that is true of a thing: "a striped red kite", "the big bug"."""
+    words = []
+    if thing.colour and rng.random() < 0.6:
+        words.append(thing.colour)
+    if thing.pattern and rng.random() < 0.7:
+        words.insert(int(rng.integers(len(words) + 1)), thing.pattern)
+    share = 2 * thing.radius / SIDE
+    if rng.random() < 0.5 and (share < 0.42 or share > 0.54):
+        sizes = SMALL if share < 0.42 else LARGE
+        words.insert(0, sizes[rng.integers(len(sizes))])
+    phrase = " ".join([*words, thing.noun])
+    return f"{'the' if rng.random() < 0.2 else 'a'} {phrase}" if article else phrase
+
+
+def caption_of(rng: np.random.Generator, things: Sequence[Thing], surface: str) -> str:
+    """A sentence about the scene, from many templates with varying word order."""
+    things = [things[i] for i in rng.permutation(len(things))]
+    phrases = [describe(rng, thing) for thing in things]
+    first, ground = things[0], ("the " if rng.random() < 0.6 else "") + surface
+    if len(things) == 1:
+        plain = describe(rng, first, article=False)
+        forms = [
+            f"{phrases[0]} on {ground}",
+            f"on {ground} is {phrases[0]}",
+            f"{ground} and {phrases[0]}",
+            f"the {first.noun} on {ground} is {first.colour}",
+            f"there is {phrases[0]} on {ground}",
+            f"one {plain} on {ground}",
+            f"{ground} with {phrases[0]} on it",
+            f"this {first.noun} is {first.colour} and it lies on {ground}",
+        ]
+    else:
+        *most, last = phrases
+        listed = f"{', '.join(most)} and {last}"
+        joined = " and ".join(phrases)
+        relation = "above" if things[0].y < things[1].y else "below"
+        rest = f" with {phrases[2]}" if len(things) == 3 else ""
+        forms = [
+            f"{listed} on {ground}",
+            f"on {ground} are {listed}",
+            f"{ground} with {joined}",
+            f"{phrases[0]} {relation} {phrases[1]}{rest} on {ground}",
+            f"{phrases[0]} near {phrases[1]}{rest}",
+            f"there is {phrases[0]} beside {phrases[1]}{rest} on {ground}",
+            f"the {first.noun} is {first.colour} and near it is {' and '.join(phrases[1:])}",
+            f"{joined}",
+        ]
+    return forms[rng.integers(len(forms))]
+
+
+def draw(rng: np.random.Generator, objects: int | None = None) -> Scene:
+    """Draw a scene of one to three objects (or of exactly `objects`)."""
+    if objects is None:
+        objects = int(rng.choice(3, p=(0.25, 0.45, 0.30))) + 1
+    nouns = list(rng.choice(list(OBJECTS), objects, replace=False))
+    things = _place(rng, nouns)
+    surface = list(SURFACES)[rng.integers(len(SURFACES))]
+    texture, colour = SURFACES[surface]
+    y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32) + 0.5
+    colour = np.clip(np.array(colour) * rng.uniform(0.88, 1.08) + rng.uniform(-8, 8, 3), 0, 255)
+    image = _shade(colour.astype(np.float32), texture(x, y, rng))
+    label = np.zeros((SIDE, SIDE), np.uint8)
+    for thing in things:
+        _paint(image, label, thing)
+    image += rng.normal(0, 3, image.shape)
+    image = np.clip(image + 0.5, 0, 255).astype(np.uint8)
+    return Scene(image, label, tuple(things), surface, caption_of(rng, things, surface))
+
+
+_SPLITS = {"train": 0, "val": 1, "test": 2, "pretrain": 3}
+
+
+def scene(split: str, index: int, objects: int | None = None) -> Scene:
+    """Scene `index` of a split, the same on every machine.
+
+    split: "train" trains CoDe, "val" is for choosing a recipe, "test" for reporting a figure,
+    "pretrain" trains the world's CLIP. objects: exactly so many objects instead of 1 to 3.
+    """
+    return draw(np.random.default_rng((_SPLITS[split], objects or 0, index)), objects)
+
+
+def load(root: str, split: str = "test", count: int = 500) -> Benchmark:
+    """The world as a benchmark: the first `count` scenes of a split, drawn when they are asked for.
+
+    root is not used: nothing has to be downloaded.
+    """
+    return Benchmark(
+        name="shapes",
+        class_names=CLASS_NAMES,
+        background=True,
+        stems=[f"{split}_{index:05d}" for index in range(count)],
+        image=lambda index: Image.fromarray(scene(split, index).image),
+        label=lambda index: scene(split, index).label,
+    )
