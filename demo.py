@@ -1,0 +1,96 @@
+"""The built-in demonstration: train CoDe on the shapes world and see it beside MaskCLIP.
+
+    python demo.py            # or `make demo`; a few minutes on two cores, no download
+
+Writes into --out: last.pt (the checkpoint), sheet.png, figures.json and figures.md.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from config import EVAL_PRESETS, EvalConfig, UserError, option, parse, run, save_text
+from data import select_nouns, shapes_tagger
+from datasets import Benchmark, shapes
+from draw import below, coloured_text, contact_sheet, legend, overlay, palette, save_png
+from evaluate import Segmenter, evaluate, load_benchmark, load_method, make_segmenter
+
+
+@dataclass
+class DemoConfig:
+    """The demonstration."""
+
+    out: str = option("out/demo", "folder for everything it writes")
+    steps: int | None = option(None, "training steps (default: the preset's)")
+    scenes: int = option(500, "held-out scenes that the figures are measured on")
+    rows: int = option(8, "scenes shown in the picture")
+
+
+def caption_picture(caption: str, colours: dict[str, tuple]) -> Image.Image:
+    """The caption with its nouns underlined, the objects' in the colours of their regions."""
+    nouns = select_nouns(caption, shapes_tagger())
+    words = [
+        (word, colours.get(word.strip(","), (150, 150, 150)) if word.strip(",") in nouns else None)
+        for word in caption.split()
+    ]
+    return coloured_text(words, (160, 160), 15)
+
+
+def sheet(segmenters: dict[str, Segmenter], benchmark: Benchmark, rows: int) -> Image.Image:
+    """Image, caption, ground truth and every method's regions, one scene a row."""
+    colours = palette(len(shapes.OBJECTS))
+    by_noun = dict(zip(shapes.OBJECTS, colours))
+    lines = []
+    for i in range(rows):
+        image, scene = benchmark.image(i), shapes.scene("test", i)
+        maps = [benchmark.label(i).astype(int)]
+        for segmenter in segmenters.values():
+            maps.append(segmenter.label_map(image, torch.device("cpu"), True).numpy())
+        tinted = [overlay(image, labels - 1, colours) for labels in maps]
+        lines.append([image, caption_picture(scene.caption, by_noun), *tinted])
+    titles = ["image", "caption", "ground truth", *segmenters]
+    picture = contact_sheet(lines, titles)
+    return below(picture, legend(list(by_noun), colours, picture.width))
+
+
+def main() -> None:
+    (config,) = parse(__doc__, DemoConfig)
+    out, start = Path(config.out), time.time()
+    train = [sys.executable, str(Path(__file__).with_name("train.py")), "--preset", "shapes"]
+    train += ["--out", config.out] + (["--steps", str(config.steps)] if config.steps else [])
+    if code := subprocess.run(train).returncode:
+        raise UserError(f"training ended with exit code {code}")
+    trained = time.time() - start
+
+    base = EvalConfig(**EVAL_PRESETS["shapes"], checkpoint=str(out / "last.pt"))
+    benchmark = load_benchmark("shapes", base.root)
+    segmenters, figures = {}, {}
+    for title, method in (("MaskCLIP", "maskclip"), ("CoDe", "code")):
+        for pamr in (True, False):
+            settings = replace(base, method=method, pamr=pamr, limit=config.scenes)
+            clip, model = load_method(settings, torch.device("cpu"))
+            segmenter = make_segmenter(clip, model, benchmark, settings)
+            name = title if pamr else f"{title}, not refined"
+            figures[name] = evaluate(segmenter, benchmark, torch.device("cpu"))
+            if pamr:
+                segmenters[title] = segmenter
+    save_png(sheet(segmenters, benchmark, config.rows), out / "sheet.png")
+
+    table = ["| method | mIoU | pixel accuracy |", "|---|---|---|"]
+    table += [f"| {n} | {f['mIoU']:.1f} | {f['pixel_accuracy']:.1f} |" for n, f in figures.items()]
+    save_text("\n".join(table), out / "figures.md")
+    save_text(json.dumps(figures, indent=1), out / "figures.json")
+    print(f"\n{config.scenes} held-out scenes, mIoU with background in percent:\n")
+    print("\n".join(table))
+    print(f"\ntrained in {trained:.0f} s, everything in {time.time() - start:.0f} s")
+    print(f"the picture: {out / 'sheet.png'}; the figures: {out / 'figures.md'}")
+
+
+if __name__ == "__main__":
+    run(main)
