@@ -1,0 +1,92 @@
+"""The six benchmarks in miniature, through the command line of evaluate.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_released import GOLDEN, ROOT
+
+from config import THESIS_DATASETS
+from evaluate import IoU, load_benchmark
+
+RAW = GOLDEN / "raw"
+pytestmark = pytest.mark.skipif(not RAW.is_dir(), reason=f"no miniature benchmarks in {RAW}")
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    state = {k: torch.tensor(v) for k, v in np.load(RAW / "checkpoint.npz").items()}
+    path = tmp_path_factory.mktemp("released") / "released.pth"
+    torch.save({"model": state}, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def all_six(checkpoint, tmp_path_factory) -> Path:
+    """`evaluate.py --dataset all` once, for the tests below. Slow: 19 windows at full size."""
+    out = tmp_path_factory.mktemp("all")
+    done = run(
+        *("evaluate.py", "--dataset", "all", "--root", str(RAW), "--checkpoint", checkpoint),
+        *("--json", str(out / "figures.json"), "--save-predictions", str(out)),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "| code, here |" in done.stdout
+    return out
+
+
+@pytest.mark.parametrize("name", THESIS_DATASETS)
+def test_label_maps_are_the_released_programs(name, all_six):
+    benchmark = load_benchmark(name, str(RAW))
+    expected = np.load(RAW / "expected_predictions.npz")
+    index_of = np.zeros(256, int)
+    index_of[list(benchmark.raw_ids)] = np.arange(len(benchmark.class_names))
+    different = pixels = 0
+    for stem in benchmark.stems:
+        got = index_of[np.asarray(Image.open(all_six / name / f"{stem}.png"))]
+        different += (got != expected[f"{name}/{stem}"]).sum()
+        pixels += got.size
+    assert different <= 0.0005 * pixels, f"{different} of {pixels} pixels differ"
+
+
+@pytest.mark.parametrize("name", THESIS_DATASETS)
+def test_iou_of_the_expected_label_maps(name):
+    benchmark = load_benchmark(name, str(RAW))
+    expected = np.load(RAW / "expected_predictions.npz")
+    want = json.loads((RAW / "expected_miou.json").read_text())[name]
+    iou = IoU(len(benchmark.class_names))
+    for i, stem in enumerate(benchmark.stems):
+        iou.add(expected[f"{name}/{stem}"], benchmark.label(i))
+    assert iou.mean() == pytest.approx(want["mIoU"], abs=1e-6)
+    assert len(benchmark.stems) == want["images"]
+    for got, value in zip(iou.per_class(), want["iou"].values()):  # given to three decimals
+        assert (value is None and np.isnan(got)) or got == pytest.approx(value, abs=5.1e-4)
+
+
+def test_torchrun_gives_the_same_figures(checkpoint, all_six, tmp_path):
+    done = run(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "evaluate.py"),
+        *("--dataset", "ade20k", "--root", str(RAW), "--checkpoint", checkpoint),
+        *("--json", str(tmp_path / "two.json")),
+    )
+    assert done.returncode == 0, done.stderr
+    two = json.loads((tmp_path / "two.json").read_text())
+    one = json.loads((all_six / "figures.json").read_text())["datasets"][5]
+    assert one["dataset"] == two["dataset"] == "ade20k"
+    for name in ("mIoU", "IoU", "pixel_accuracy", "images"):
+        assert one[name] == two[name], name

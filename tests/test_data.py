@@ -1,0 +1,284 @@
+"""Noun selection, reading pairs, and the order of the stream."""
+
+import collections
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_released import ROOT
+
+import data
+from clip import tokenize
+from config import UserError
+from datasets import shapes
+
+NLTK_DATA = ROOT.parent / "shared" / "nltk_data"
+
+
+@pytest.fixture(scope="module")
+def ordinary_tagger():
+    import nltk
+
+    if NLTK_DATA.is_dir():
+        nltk.data.path.insert(0, str(NLTK_DATA))
+    try:
+        return data.nltk_tagger()
+    except UserError:
+        pytest.skip("NLTK's tagger data is neither here nor to be fetched")
+
+
+# --- nouns ----------------------------------------------------------------------------------------
+
+
+def tagged(*pairs):
+    return lambda words: list(pairs)
+
+
+def test_nouns_are_the_four_noun_tags_in_order_without_repeats():
+    tagger = tagged(
+        ("Dogs", "NNS"), ("run", "VB"), ("Paris", "NNP"), ("big", "JJ"), ("dogs", "NNS"),
+        ("Alps", "NNPS"), ("tree.", "NN"), ("x", "NN"), ("3", "NN"), ("...", "NN"),
+    )  # fmt: skip
+    assert data.select_nouns("whatever", tagger) == ["dogs", "paris", "alps", "tree"]
+
+
+def test_ordinary_nouns(ordinary_tagger):
+    caption = "A man in a red jacket is riding a horse on the beach. The dog's ball is near."
+    nouns = data.select_nouns(caption, ordinary_tagger)
+    assert {"man", "jacket", "horse", "beach", "dog", "ball"} <= set(nouns)
+    assert not {"red", "riding", "is", "the"} & set(nouns)
+
+
+def test_both_taggers_agree_on_the_shapes_world(ordinary_tagger):
+    """The closed vocabulary stands in for the ordinary tagger only to spare a download."""
+    found = extra = expected = 0
+    for i in range(300):
+        caption = shapes.scene("val", i).caption
+        ours = set(data.select_nouns(caption, data.shapes_tagger()))
+        theirs = set(data.select_nouns(caption, ordinary_tagger))
+        expected, found, extra = (
+            expected + len(ours),
+            found + len(ours & theirs),
+            extra + len(theirs - ours),
+        )
+    assert found > 0.97 * expected and extra < 0.1 * expected, (found, extra, expected)
+
+
+# --- pseudo-labels --------------------------------------------------------------------------------
+
+
+def test_released_labels():
+    caption = tokenize(["a traffic light and a light near a car"])[0]
+    labels = data.released_labels(caption, ["traffic light", "car"], ["light"]).tolist()
+    # SOS a traffic light and a light near a car EOT
+    assert labels == [-1, -1, 1, 1, -1, -1, 0, -1, -1, 2, -1]
+
+
+# --- pictures and captions ------------------------------------------------------------------------
+
+
+def gradient(mode: str) -> Image.Image:
+    array = np.arange(40 * 30).reshape(30, 40)
+    if mode == "I;16":
+        return Image.fromarray((array * 50).astype(np.uint16))
+    image = Image.fromarray((array // 5).astype(np.uint8))
+    return image.convert("RGB").convert(mode) if mode != "L" else image
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P", "CMYK", "1", "I;16"])
+def test_pictures_of_any_mode(mode, tmp_path):
+    path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
+    gradient(mode).save(path)
+    image = data.read_image(path)
+    assert image.mode == "RGB" and image.size == (40, 30)
+    values = np.asarray(image)
+    assert values[0, 0].mean() < 60 and values[-1, -1].mean() > 200
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image, exif = gradient("RGB"), Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "x.jpg", exif=exif)
+    assert data.read_image(tmp_path / "x.jpg").size == (30, 40)
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(tmp_path / "x.png")
+    assert np.asarray(data.read_image(tmp_path / "x.png")).min() == 255
+
+
+def damaged(tmp_path, cause: str):
+    path = tmp_path / "x.jpg"
+    gradient("RGB").save(path)
+    if cause == "corrupt picture":
+        path.write_bytes(path.read_bytes()[:300])
+    elif cause == "not a picture":
+        path.write_text("hello")
+    elif cause == "picture too small":
+        Image.new("RGB", (1, 1)).save(path)
+    elif cause == "picture too large":
+        Image.new("L", (20_000, 20_000)).save(tmp_path / "x.png")
+        return tmp_path / "x.png"
+    return path
+
+
+@pytest.mark.parametrize(
+    "cause", ["corrupt picture", "not a picture", "picture too small", "picture too large"]
+)
+def test_bad_pictures(cause, tmp_path):
+    with pytest.raises(data.BadSample, match=cause):
+        data.read_image(damaged(tmp_path, cause))
+
+
+@pytest.mark.parametrize(
+    "content, cause",
+    [
+        (b"", "caption empty"),
+        (b"  \n", "caption empty"),
+        (b"\xff\xfe\x00", "caption not UTF-8"),
+        (b"kite " * 10_000, "caption too long"),
+    ],
+)
+def test_bad_captions(content, cause):
+    with pytest.raises(data.BadSample, match=cause):
+        data.read_caption(content)
+
+
+# --- streams --------------------------------------------------------------------------------------
+
+
+def make_stream(source, **changes) -> data.PairStream:
+    defaults = dict(pairs=4, nouns=2, context_length=4, size=32, min_crop=0.9, seed=3)
+    return data.PairStream(source, data.shapes_tagger(), **defaults | changes)
+
+
+def take(stream, count: int) -> list[data.Batch]:
+    iterator = iter(stream)
+    return [next(iterator) for _ in range(count)]
+
+
+def same(a: data.Batch, b: data.Batch) -> bool:
+    names = ("images", "caption_tokens", "noun_tokens", "knowledge_tokens", "noun_labels")
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in names)
+
+
+def test_a_seed_gives_an_order_and_another_seed_another():
+    world = data.ShapesWorld(50)
+    a, b = take(make_stream(world), 3), take(make_stream(world), 3)
+    assert all(map(same, a, b))
+    assert not same(a[0], take(make_stream(world, seed=4), 1)[0])
+
+
+def test_batches_do_not_depend_on_torch_or_numpy_global_state():
+    world = data.ShapesWorld(50)
+    torch.manual_seed(1)
+    a = take(make_stream(world), 2)
+    torch.manual_seed(2)
+    np.random.seed(2)
+    assert all(map(same, a, take(make_stream(world), 2)))
+
+
+class Counted:
+    """A source that only counts what is read."""
+
+    def __init__(self, count: int, bad: tuple = ()):
+        self.count, self.bad, self.read_indices = count, bad, []
+
+    def __len__(self):
+        return self.count
+
+    def read(self, index, rng):
+        self.read_indices.append(index)
+        if index in self.bad:
+            raise data.BadSample("corrupt picture")
+        return Image.new("RGB", (32, 32)), "a kite and a ball"
+
+
+def test_no_pair_is_read_twice_in_a_pass_over_all_processes():
+    read = collections.Counter()
+    for rank in range(3):
+        source = Counted(24)
+        take(make_stream(source, rank=rank, processes=3, pairs=2), 4)
+        read.update(source.read_indices)
+    assert read == dict.fromkeys(range(24), 1)
+
+
+def test_a_stream_goes_on_where_a_batch_ended():
+    world = data.ShapesWorld(30)
+    batches = take(make_stream(world), 9)  # more than one pass
+    reader, *place = batches[3].position
+    rest = take(make_stream(world, start={reader: tuple(place)}), 5)
+    assert all(map(same, batches[4:], rest))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_goes_on_where_it_was(workers):
+    world = data.ShapesWorld(40)
+
+    def batches(count, **changes):
+        loader = iter(data.make_loader(make_stream(world, **changes), workers, False))
+        return [next(loader) for _ in range(count)]
+
+    whole = batches(9)
+    start = {b.position[0]: b.position[1:] for b in whole[:3]}
+    rest = batches(6, start=start, first_reader=3 % max(1, workers))
+    assert all(map(same, whole[3:], rest))
+
+
+def test_bad_pairs_are_skipped_and_counted():
+    source = Counted(12, bad=(2, 5, 7))
+    skipped = collections.Counter()
+    for batch in take(make_stream(source, pairs=3), 3):
+        skipped += batch.skipped
+    assert skipped == {"corrupt picture": 3}
+
+
+def test_mostly_bad_data_stops():
+    stream = make_stream(Counted(2000, bad=tuple(range(0, 2000, 3)) + tuple(range(1, 2000, 3))))
+    for batch in iter(stream):
+        if isinstance(batch, UserError):
+            assert "of the last" in str(batch) and "corrupt picture" in str(batch)
+            return
+
+
+def test_nothing_but_bad_data_stops():
+    (answer,) = take(make_stream(Counted(10, bad=tuple(range(10)))), 1)
+    assert isinstance(answer, UserError) and "10 corrupt picture" in str(answer)
+
+
+def test_a_batch_has_what_its_pairs_say():
+    (batch,) = take(make_stream(Counted(8), pairs=2), 1)
+    assert batch.images.shape == (2, 3, 32, 32)
+    assert len(batch.noun_tokens) == len(batch.knowledge_tokens) == 4
+    # Noun-major: rows 0, 1 are the first nouns, rows 2, 3 the second ones of the same pairs.
+    kite, ball = tokenize(["kite", "ball"])[:, 1].tolist()
+    nouns = batch.noun_tokens[:, 5].tolist()
+    assert {nouns[0], nouns[2]} == {nouns[1], nouns[3]} == {kite, ball}
+
+
+def test_folder(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        data.Folder(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="none of its 0 pictures"):
+        data.Folder(str(tmp_path))
+    (tmp_path / "deep").mkdir()
+    for name in ("a.jpg", "b.png", "deep/c.webp", "lonely.jpg"):
+        Image.new("RGB", (20, 20)).save(tmp_path / name)
+    for name in ("a", "b", "deep/c"):
+        (tmp_path / f"{name}.txt").write_text(f"caption of {name}")
+    folder = data.Folder(str(tmp_path))
+    captions = [folder.read(i, None)[1] for i in range(len(folder))]
+    assert captions == ["caption of a", "caption of b", "caption of deep/c"]
+
+
+def test_missing_tagger_data_says_how_to_get_it(monkeypatch):
+    import nltk
+
+    def missing(*arguments, **more):
+        raise LookupError
+
+    monkeypatch.setattr(nltk, "pos_tag", missing)
+    monkeypatch.setattr(nltk, "download", lambda *a, **k: False)
+    with pytest.raises(UserError, match="NLTK_DATA"):
+        data.nltk_tagger()

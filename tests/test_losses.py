@@ -1,0 +1,162 @@
+"""Eqs. 3.1, 3.7, 3.8 and the terms of L_seg^v and L_seg^t, against loops from the thesis."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_model import some_batch
+
+import losses
+from config import LossConfig
+
+
+def unit(*shape: int, seed: int = 0) -> torch.Tensor:
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def naive_symmetric(logits: np.ndarray) -> float:
+    """Eq. 3.7 as it is printed, for S / tau."""
+    count, total = len(logits), 0.0
+    for i in range(count):
+        row = sum(math.exp(logits[i, j]) for j in range(count))
+        column = sum(math.exp(logits[j, i]) for j in range(count))
+        own = math.exp(logits[i, i])
+        total -= math.log(own / row) / (2 * count) + math.log(own / column) / (2 * count)
+    return total
+
+
+def test_eq_3_1_knowledge_loss():
+    n, given = unit(5, 7), unit(5, 7, seed=1)
+    want = (
+        sum(sum((float(n[i, c]) - float(given[i, c])) ** 2 for c in range(7)) for i in range(5)) / 5
+    )
+    assert losses.knowledge_loss(n, given).item() == pytest.approx(want, rel=1e-5)
+    cosine = 2 * (1 - (n * given).sum(-1)).mean().item()  # the released form, doubled
+    assert losses.knowledge_loss(n, given).item() == pytest.approx(cosine, rel=1e-5)
+
+
+def test_eq_3_7_info_nce():
+    a, b, log_scale = unit(6, 8), unit(6, 8, seed=1), torch.tensor(1.3)
+    similarity = np.array([[float(x @ y) for y in b] for x in a])
+    want = naive_symmetric(similarity * math.exp(1.3))
+    assert losses.info_nce(a, b, log_scale).item() == pytest.approx(want, rel=1e-5)
+
+
+def test_the_scale_of_info_nce_is_capped_at_100():
+    a, b = unit(3, 8), unit(3, 8, seed=1)
+    capped = losses.info_nce(a, b, torch.tensor(math.log(100.0)))
+    assert losses.info_nce(a, b, torch.tensor(9.0)).item() == pytest.approx(capped.item(), rel=1e-5)
+
+
+def test_region_logits():
+    x_v, masks, nouns = unit(2, 3, 4, 8), torch.rand(2, 5, 3, 4), unit(5, 8, seed=1)
+    got = losses.region_logits(x_v, masks, nouns)
+    for i in range(2):
+        for j in range(5):
+            pooled, area = np.zeros(8), 1e-6
+            for y in range(3):
+                for x in range(4):
+                    pooled += float(masks[i, j, y, x]) * x_v[i, y, x].numpy()
+                    area += float(masks[i, j, y, x])
+            pooled /= area
+            want = pooled @ nouns[j].numpy() / np.linalg.norm(pooled)
+            assert got[i, j].item() == pytest.approx(want, abs=1e-5)
+
+
+def test_area_losses():
+    pairs, nouns = 3, 2
+    areas = torch.rand(pairs, nouns * pairs)
+    own, others = losses.area_losses(areas, 0.25)
+    matching, rest = [], []
+    for t in range(nouns * pairs):  # triplet t is image t % pairs with noun t
+        for u in range(nouns * pairs):
+            (matching if t == u else rest).append(float(areas[t % pairs, u]))
+    assert own.item() == pytest.approx(abs(np.mean(matching) - 0.25), abs=1e-6)
+    assert others.item() == pytest.approx(np.mean(rest), abs=1e-6)
+
+
+def test_total_variation():
+    planes = torch.randn(2, 4, 5)
+    got = losses.total_variation(planes)
+    for i, plane in enumerate(planes.numpy()):
+        across = [abs(plane[y, x + 1] - plane[y, x]) for y in range(4) for x in range(4)]
+        down = [abs(plane[y + 1, x] - plane[y, x]) for y in range(3) for x in range(5)]
+        assert got[i].item() == pytest.approx(np.mean(across) + np.mean(down), rel=1e-5)
+
+
+def test_pseudo_labels_are_the_likeliest_case_of_real_words():
+    cases = torch.randn(2, 3, 6)
+    labels = losses.pseudo_labels(cases, torch.tensor([5, 3]))
+    for b, eot in enumerate((5, 3)):
+        for i in range(6):
+            want = int(np.argmax(cases[b, :, i])) if 0 < i < eot else -1
+            assert labels[b, i].item() == want
+
+
+def test_word_mask_loss():
+    cases = torch.randn(2, 3, 6).log_softmax(1)
+    labels = torch.tensor([[-1, 0, 1, 2, 0, -1], [-1, 2, 2, -1, -1, -1]])
+    got = losses.word_mask_loss(cases, labels, 0.5).item()
+    above = below = 0.0
+    for b in range(2):
+        for i in range(6):
+            label = int(labels[b, i])
+            if label >= 0:
+                weight = 0.5 if label == 0 else 1.0
+                above -= weight * float(cases[b, label, i])
+                below += weight
+    assert got == pytest.approx(above / below, rel=1e-5)
+    nothing = losses.word_mask_loss(cases, torch.full((2, 6), -1), 0.5)
+    assert nothing.item() == 0
+
+
+@pytest.mark.parametrize("labels", ["thesis", "release"])
+def test_eq_3_8_is_the_weighted_sum_of_the_parts(model, labels):
+    batch = some_batch(model)
+    d = model(batch)
+    config = LossConfig(
+        lambda_kg=1.1, lambda_seg_v=1.3, lambda_seg_t=1.7, lambda_hcl=1.9, pseudo_labels=labels
+    )
+    terms = losses.code_losses(d, model, batch.caption_tokens, batch.noun_labels, config)
+    n, areas = d.n.detach(), d.masks.mean((-2, -1)).detach()
+    image_scale, region_scale = (
+        model.image_log_scale.exp().item(),
+        model.region_log_scale.exp().item(),
+    )
+    regions = losses.region_logits(d.x_v, d.masks, d.n).detach().repeat(2, 1).numpy()
+    own, others = losses.area_losses(areas, config.area_prior)
+    seg_v = (
+        0.1 * naive_symmetric((d.e_v @ d.n.T).detach().numpy() * image_scale)
+        + 0.1 * naive_symmetric(regions * region_scale)
+        + 0.5 * own.item()
+        + 0.05 * others.item()
+        + losses.total_variation(d.x_v.movedim(-1, 1)).mean().item()
+        + losses.total_variation(d.masks).mean().item()
+    )
+    targets = batch.noun_labels
+    if labels == "thesis":
+        targets = losses.pseudo_labels(d.word_cases, batch.caption_tokens.argmax(-1))
+    hcl = naive_symmetric((d.e_v @ d.e_t.T).detach().numpy() * model.hcl_log_scale.exp().item())
+    want = (
+        1.1 * losses.knowledge_loss(n, d.n_knowledge).item()
+        + 1.3 * seg_v
+        + 1.7 * losses.word_mask_loss(d.word_cases, targets, 0.5).item()
+        + 1.9 * hcl
+    )
+    assert terms["total"].item() == pytest.approx(want, rel=1e-5)
+    assert terms["total"].item() == pytest.approx(
+        sum(value.item() for name, value in terms.items() if name != "total"), rel=1e-6
+    )
+
+
+def test_the_baseline_has_neither_text_nor_alignment_losses():
+    from conftest import random_model
+
+    model = random_model(co_decomposition=False)
+    batch = some_batch(model)
+    terms = losses.code_losses(
+        model(batch), model, batch.caption_tokens, batch.noun_labels, LossConfig()
+    )
+    assert "seg_t" not in terms and "hcl" not in terms

@@ -1,0 +1,139 @@
+"""Against what the authors' programs computed: features, masks, losses and gradients.
+
+The golden folder is named by CODE_GOLDEN (default ../shared/golden); without it these tests skip.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from checkpoint import rebuild_released
+from clip import visual_hidden
+from config import EvalConfig, LossConfig
+from data import collate
+from evaluate import Segmenter
+from losses import code_losses
+from pamr import pamr
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(os.environ.get("CODE_GOLDEN", ROOT.parent / "shared" / "golden"))
+pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden values in {GOLDEN}")
+TRIPLES = sorted(path.stem for path in GOLDEN.glob("*.json")) if GOLDEN.is_dir() else []
+
+
+def load(name: str):
+    facts = json.loads((GOLDEN / f"{name}.json").read_text())
+    state = {k: torch.tensor(v) for k, v in np.load(GOLDEN / f"{name}_checkpoint.npz").items()}
+    return facts, rebuild_released(state, name), np.load(GOLDEN / f"{name}_expected.npz")
+
+
+def test_pamr():
+    cases = np.load(GOLDEN / "pamr.npz")
+    count = sum(name.startswith("image") for name in cases)
+    assert count > 0
+    for i in range(count):
+        image, mask = torch.tensor(cases[f"image{i}"]), torch.tensor(cases[f"mask{i}"])
+        refined = pamr(image, mask, int(cases[f"iters{i}"]), cases[f"dilations{i}"].tolist())
+        np.testing.assert_allclose(refined, cases[f"refined{i}"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", TRIPLES)
+def test_features_and_masks(name):
+    facts, model, expected = load(name)
+    for prior in (0.0, 0.3):
+        for refine in (0, 1):
+            config = EvalConfig(pamr=bool(refine), prior_weight=prior)
+            segmenter = Segmenter(model.clip, model, facts["classes"], config)
+            for i in range(len(facts["shapes"])):
+                masks = segmenter.masks(torch.tensor(expected[f"image{i}"]))
+                want = expected[f"masks{i}_pamr{refine}_kp{prior}"]
+                np.testing.assert_allclose(masks, want, atol=1e-5, rtol=0)
+    for i in range(len(facts["shapes"])):
+        if f"features{i}" in expected:
+            image = torch.tensor(expected[f"image{i}"])
+            with torch.no_grad():
+                x_v = model.image_segmenter(
+                    visual_hidden(model.clip, image), tuple(image.shape[-2:])
+                )
+            want = expected[f"features{i}"]
+            np.testing.assert_allclose(x_v.movedim(-1, 1), want, atol=1e-5, rtol=0)
+    if "class_embedding" in expected:
+        np.testing.assert_allclose(
+            segmenter.class_embedding, expected["class_embedding"], atol=1e-5
+        )
+    if "class_embedding_templates" in expected:
+        want = expected["class_embedding_templates"]
+        np.testing.assert_allclose(segmenter.prior_embedding, want, atol=1e-5)
+
+
+# Their name of a weighted term -> ours. Their L_kg is 8 (1 - cos), half our squared distance.
+TERMS = {
+    "hlf_noun_loss": "region_contrast",
+    "hli_noun_loss": "image_contrast",
+    "area_loss": "area",
+    "neg_area_loss": "area_others",
+    "tv_img_loss": "smooth_features",
+    "tv_mask_loss": "smooth_masks",
+    "tseg_loss": "seg_t",
+    "hcl_loss": "hcl",
+    "kg_loss": "kg",
+}
+
+
+@pytest.mark.parametrize("name", TRIPLES)
+def test_training_step(name):
+    facts, model, expected = load(name)
+    if "train_image" not in expected:
+        pytest.skip("this file has no training step")
+    captions, by_noun = facts["captions"], facts["nouns"]
+    drawn = list(zip(*by_noun))
+    batch = collate(
+        torch.tensor(expected["train_image"]).unbind(),
+        captions,
+        drawn,
+        [()] * len(captions),
+        [[facts["kg_template"]] * len(by_noun)] * len(captions),
+        len(model.context),
+    )
+    length = batch.caption_tokens.shape[1]
+    np.testing.assert_array_equal(batch.noun_labels, expected["pseudo_label"][:, :length])
+    assert (expected["pseudo_label"][:, length:] == -1).all()
+
+    model.train()
+    decomposition = model(batch, noise=None)
+    with torch.no_grad():
+        np.testing.assert_allclose(decomposition.n, expected["noun_embedding"], atol=1e-5)
+        masks = decomposition.masks.repeat(len(by_noun), 1, 1, 1)
+        np.testing.assert_allclose(masks, expected["train_mask_soft_all"], atol=1e-5)
+        triplets = torch.arange(len(masks))
+        soft = masks[triplets, triplets][:, None]
+        np.testing.assert_allclose(soft, expected["train_mask_soft_pos"], atol=1e-5)
+        np.testing.assert_array_equal(soft > 0.5, expected["train_mask_pos"] > 0.5)
+        m_t = decomposition.word_cases[:, 1:].exp().movedim(1, 0).flatten(0, 1)
+        eot = batch.caption_tokens.argmax(-1).repeat(len(by_noun))
+        for row, want, end in zip(m_t, expected["word_mask"], eot):
+            np.testing.assert_allclose(row[: end + 1], want[: end + 1], atol=1e-5)
+
+    config = LossConfig(lambda_kg=4.0, pseudo_labels="release")
+    terms = code_losses(decomposition, model, batch.caption_tokens, batch.noun_labels, config)
+    for theirs, ours in TERMS.items():
+        assert terms[ours].item() == pytest.approx(float(expected[f"loss_{theirs}"]), abs=1e-5), (
+            ours
+        )
+    assert terms["total"].item() == pytest.approx(float(expected["loss_total"]), abs=1e-5)
+
+    terms["total"].backward()
+    state = {k[5:]: torch.tensor(v) for k, v in expected.items() if k.startswith("grad_")}
+    from checkpoint import rename_released
+
+    gradients = rename_released(state, tcl=False)["learned"]
+    assert len(gradients) > 40
+    parameters = dict(model.named_parameters())
+    for key, want in gradients.items():
+        want = want.numpy().reshape(parameters[key].shape)
+        tolerance = 1e-3 * np.abs(want).max() + 1e-7
+        np.testing.assert_allclose(parameters[key].grad, want, atol=tolerance, rtol=0, err_msg=key)

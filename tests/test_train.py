@@ -1,0 +1,250 @@
+"""train.py as it is used: a subprocess, torchrun with two processes, killed runs resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_data import NLTK_DATA
+from test_released import ROOT
+
+from checkpoint import load_model, read_checkpoint, save_atomically
+from config import EvalConfig, TrainConfig, UserError
+from train import learning_rate
+
+TINY = ("--preset", "shapes", "--batch-size", "4", "--log-every", "1", "--warmup", "0.2")
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "NLTK_DATA": str(NLTK_DATA)}
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(*arguments), cwd=ROOT, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+    )
+
+
+def command(*arguments: str, processes: int = 1) -> list[str]:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*launcher, "train.py", *map(str, arguments)]
+
+
+def train(*arguments: str, processes: int = 1, code: int = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        command(*arguments, processes=processes),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def log(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def same_state(a: Path, b: Path) -> bool:
+    a, b = (read_checkpoint(path / "last.pt") for path in (a, b))
+    equal = all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    return equal and a["step"] == b["step"] and a["positions"] == b["positions"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    train(*TINY, "--steps", "10", "--out", out)
+    return out
+
+
+def test_a_run_writes_what_the_readme_says(uninterrupted):
+    assert {path.name for path in uninterrupted.iterdir()} == {
+        "last.pt",
+        "config.json",
+        "log.jsonl",
+    }
+    lines = log(uninterrupted)
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    terms = ("kg", "image_contrast", "region_contrast", "area", "area_others", "smooth_features")
+    terms += ("smooth_masks", "seg_t", "hcl")
+    for line in lines:
+        assert line["total"] == pytest.approx(sum(line[term] for term in terms), rel=1e-5)
+    assert json.loads((uninterrupted / "config.json").read_text())["model"]["clip"] == "shapes"
+
+
+def test_the_last_block_is_frozen_first_and_trains_later(tmp_path, uninterrupted):
+    """At 60 % of the steps the copy of CLIP's last block starts to move."""
+    train(*TINY, "--steps", "10", "--unfreeze", "1.0", "--out", tmp_path)
+    frozen, trained = (
+        load_model(p / "last.pt", torch.device("cpu")) for p in (tmp_path, uninterrupted)
+    )
+    original = frozen.clip.visual.transformer.resblocks[-1]
+    for name, value in original.named_parameters():
+        assert torch.equal(value, frozen.image_segmenter.block.get_parameter(name))
+    moved = [
+        not torch.equal(value, trained.image_segmenter.block.get_parameter(name))
+        for name, value in original.named_parameters()
+    ]
+    assert sum(moved) > 8  # not the keys and queries, which MaskCLIP's trick never uses
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_run_resumed_equals_an_uninterrupted_one(tmp_path, workers):
+    options = (*TINY, "--steps", "10", "--checkpoint-every", "3", "--workers", workers)
+    train(*options, "--out", tmp_path / "whole")
+    killed = start(*options, "--out", tmp_path / "killed")
+    while not (tmp_path / "killed/last.pt").exists() and killed.poll() is None:
+        time.sleep(0.02)
+    killed.kill()
+    killed.wait()
+    train(*options, "--out", tmp_path / "killed", "--resume")
+    assert same_state(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_0(tmp_path):
+    options = (*TINY, "--steps", "4000", "--out", tmp_path)
+    running = start(*options)
+    while not (tmp_path / "log.jsonl").exists() and running.poll() is None:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(timeout=60) == 0
+    assert read_checkpoint(tmp_path / "last.pt")["step"] == log(tmp_path)[-1]["step"]
+
+
+def test_two_processes_under_torchrun(tmp_path):
+    train(*TINY, "--steps", "5", "--out", tmp_path, processes=2)
+    assert len(log(tmp_path)) == 5
+    positions = read_checkpoint(tmp_path / "last.pt")["positions"]
+    assert set(positions) == {0, 1}  # each process read its own share
+
+
+def test_real_pairs(tmp_path):
+    """A folder of photographs-sized pictures with free-form captions, on a CLIP of its own."""
+    if not NLTK_DATA.is_dir():
+        pytest.skip("NLTK's tagger data is not here")
+    captions = [
+        "A man in a red jacket rides a horse along the beach.",
+        "Two children with a kite, and a dog, on wet grass!",
+        "old wooden boat near the harbour wall",
+        "The cat sleeps on a sofa beside the window",
+        "nothing here",
+    ]
+    for i, caption in enumerate(captions):
+        Image.radial_gradient("L").convert("RGB").resize((640, 480)).save(tmp_path / f"{i}.jpg")
+        (tmp_path / f"{i}.txt").write_text(caption)
+    (tmp_path / "5.jpg").write_bytes(b"broken")
+    (tmp_path / "5.txt").write_text("a house with a garden")
+    train(
+        *("--pairs", tmp_path, "--clip", "shapes", "--context-init", "a photo of a"),
+        *("--steps", "6", "--batch-size", "4", "--workers", "1", "--log-every", "1"),
+        *("--out", tmp_path / "out"),
+    )
+    lines = log(tmp_path / "out")
+    assert len(lines) == 6
+    assert lines[-1]["skipped"].keys() == {"fewer than 2 nouns", "not a picture"}
+
+
+def test_learning_rate():
+    """Section 3.5: linear warm-up from 1e-4 of the peak, then a cosine to its final share."""
+    config = TrainConfig()
+    assert learning_rate(0, config) == pytest.approx(5e-6 * 1e-4)
+    assert learning_rate(7500, config) == pytest.approx(5e-6 / 2, rel=1e-3)
+    assert learning_rate(15_000, config) == pytest.approx(5e-6)
+    assert learning_rate(32_500, config) == pytest.approx((5e-6 + 6.25e-7) / 2)
+    assert learning_rate(50_000, config) == pytest.approx(6.25e-7)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ((), "--preset shapes needs no data"),
+        (("--preset", "shape"), "--preset shape: not one of thesis, shapes"),
+        (("--steps", "many"), "invalid int value: 'many'"),
+        (("--stepz", "3"), "unrecognized arguments: --stepz"),
+        (("--pairs", "nowhere"), "--pairs nowhere: no such folder"),
+        (("--preset", "shapes", "--batch-size", "9000"), "there are only 5000 pairs"),
+        (("--preset", "shapes", "--clip", "RN50", "--clip-weights", "none"), "only plain ViTs"),
+        (("--preset", "shapes", "--clip", "ViT-Z"), "open_clip has no such model"),
+        (("--preset", "shapes", "--resume", "--out", "nowhere"), "nowhere/last.pt: no such"),
+        (("--preset", "shapes", "--pseudo-labels", "best"), "'thesis' or 'release'"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(arguments, words):
+    done = train(*arguments, code=2)
+    assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_resuming_another_configuration_names_the_difference(uninterrupted):
+    done = train(*TINY, "--steps", "10", "--lr", "0.5", "--out", uninterrupted, "--resume", code=2)
+    assert "lr was 0.002, is 0.5" in done.stderr
+
+
+def test_help_lists_every_field():
+    text = train("--help").stdout
+    for name in ("--lambda-hcl", "--no-word-prompt", "--context-init", "--checkpoint-every"):
+        assert name in text
+
+
+# --- checkpoint files -----------------------------------------------------------------------------
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+def test_loading_a_checkpoint_executes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {"masker.x": torch.zeros(1)}, "cfg": Bomb()}, "bomb.pt")
+    with pytest.raises(UserError):
+        load_model("bomb.pt", torch.device("cpu"))
+    assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 broken", b"hello"])
+def test_an_unreadable_checkpoint_is_named(content, tmp_path):
+    path = tmp_path / "x.pt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.pt is not a readable checkpoint"):
+        read_checkpoint(path)
+
+
+def test_missing_and_unknown_tensors_are_named(uninterrupted, tmp_path):
+    content = read_checkpoint(uninterrupted / "last.pt")
+    content["model"]["surprise"] = content["model"].pop("context")
+    save_atomically(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="missing context, unknown surprise"):
+        load_model(tmp_path / "x.pt", torch.device("cpu"))
+
+
+def test_a_failed_write_leaves_the_previous_file(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    save_atomically({"step": 1}, path)
+
+    def full(*arguments, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        save_atomically({"step": 2}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_evaluation_of_a_training_checkpoint(uninterrupted):
+    """Our checkpoint, loaded, segments like the model it was saved from: embeddings match."""
+    from evaluate import Segmenter
+
+    model = load_model(uninterrupted / "last.pt", torch.device("cpu"))
+    segmenter = Segmenter(model.clip, model, ["kite", "ball"], EvalConfig())
+    assert segmenter.class_embedding.shape == (2, 64)
+    assert segmenter.masks(torch.randn(1, 3, 64, 64)).shape == (1, 2, 64, 64)
