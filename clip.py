@@ -19,7 +19,6 @@ from config import UserError
 
 # The input statistics are ImageNet's, as in both released programs, not CLIP's own.
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SOS, EOT = 49406, 49407  # the BPE vocabulary's first and last token of every text
 
 SHAPES_WEIGHTS = Path(__file__).parent / "datasets" / "shapes_clip.pt"
 SHAPES_ARCHITECTURE = dict(
@@ -170,6 +169,11 @@ def tokenize(texts: Sequence[str], context_length: int = 77) -> Tensor:
     """
     tokens = open_clip.tokenize(list(texts), context_length)
     return tokens[:, : int(end_of_text(tokens).max()) + 1]
+
+
+def noun_prompts(nouns: Sequence[str], context_length: int) -> Tensor:
+    """Token ids of "[SOS] x ... x noun [EOT]": (N, L), each x a place for learned context."""
+    return tokenize([" ".join(["x"] * context_length + [noun]) for noun in nouns])
 
 
 def end_of_text(tokens: Tensor) -> Tensor:

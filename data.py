@@ -22,10 +22,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop
 from torchvision.transforms.functional import normalize, to_tensor
 
-from clip import IMAGE_MEAN, IMAGE_STD, tokenize
+from clip import IMAGE_MEAN, IMAGE_STD, noun_prompts, tokenize
 from config import UserError
 from datasets import shapes
-from model import noun_prompts
 
 # CLIP's 80 hand-written ImageNet templates, for n'_j.
 KNOWLEDGE_TEMPLATES = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
@@ -176,7 +175,7 @@ class Batch:
 
     images: Tensor  # (b, 3, S, S), normalised
     caption_tokens: Tensor  # (b, L)
-    noun_tokens: Tensor  # (J*b, L'), `model.noun_prompts`
+    noun_tokens: Tensor  # (J*b, L'), `clip.noun_prompts`
     knowledge_tokens: Tensor  # (J*b, L''), the nouns in hand-written templates
     noun_labels: Tensor  # (b, L), the released pseudo-labels
     skipped: collections.Counter = field(default_factory=collections.Counter)  # bad pairs by cause

@@ -19,6 +19,7 @@ from clip import (
     end_of_text,
     image_embedding,
     maskclip_block,
+    noun_prompts,
     text_embedding,
     text_hidden,
     tokenize,
@@ -248,7 +249,7 @@ class CoDe(nn.Module):
     def noun_embedding(self, tokens: Tensor) -> Tensor:
         """n_j (KgCoOp, section 3.2): learned context and noun through the frozen text tower.
 
-        tokens: `noun_prompts` of N nouns, (N, L). Returns (N, C), normalised.
+        tokens: `clip.noun_prompts` of N nouns, (N, L). Returns (N, C), normalised.
         """
         embeddings = self.clip.token_embedding(tokens)
         context = self.context.expand(len(tokens), -1, -1)
@@ -318,8 +319,3 @@ def own_nouns(logits: Tensor, nouns_per_pair: int) -> Tensor:
     planes = logits.unflatten(1, (nouns_per_pair, pairs))  # (b, J, B, H, W)
     here = torch.arange(len(logits), device=logits.device)
     return planes[here, :, rows].movedim(1, 0).flatten(0, 1)
-
-
-def noun_prompts(nouns: Sequence[str], context_length: int) -> Tensor:
-    """Token ids of "[SOS] x ... x noun [EOT]": (N, L), the x's being places for the context."""
-    return tokenize([" ".join(["x"] * context_length + [noun]) for noun in nouns])

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import rebuild_released
+from checkpoint import load_model, rebuild_released, rename_released
 from clip import visual_hidden
-from config import EvalConfig, LossConfig
+from config import EvalConfig, LossConfig, UserError
 from data import collate
 from evaluate import Segmenter
 from losses import code_losses
@@ -128,8 +128,6 @@ def test_training_step(name):
 
     terms["total"].backward()
     state = {k[5:]: torch.tensor(v) for k, v in expected.items() if k.startswith("grad_")}
-    from checkpoint import rename_released
-
     gradients = rename_released(state, tcl=False)["learned"]
     assert len(gradients) > 40
     parameters = dict(model.named_parameters())
@@ -137,3 +135,102 @@ def test_training_step(name):
         want = want.numpy().reshape(parameters[key].shape)
         tolerance = 1e-3 * np.abs(want).max() + 1e-7
         np.testing.assert_allclose(parameters[key].grad, want, atol=tolerance, rtol=0, err_msg=key)
+
+
+# --- released files -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory):
+    """A file like the released one at ViT-B/16: random tensors, a real OmegaConf object, and an
+    optimizer state. Slow (324 M numbers), but the only way to know that it loads."""
+    omegaconf = pytest.importorskip("omegaconf")
+    torch.manual_seed(0)
+    state = {}
+    for line in (GOLDEN / "released_keys.tsv").read_text().splitlines()[1:]:
+        name, *shape = line.split("\t")
+        sides = [int(side) for side in shape[0].split("x") if side.isdigit()] if shape else []
+        state[name] = torch.randn(sides, dtype=torch.bfloat16)
+    path = tmp_path_factory.mktemp("released") / "code.pth"
+    config = omegaconf.OmegaConf.create({"model": {"type": "CoDe", "sizes": [1, 2]}, "lr": 5e-6})
+    optimizer = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 5e-6}]}
+    torch.save({"model": state, "cfg": config, "optimizer": optimizer, "epoch": 3}, path)
+    return path, state
+
+
+def test_a_released_file_of_full_size(full_size):
+    path, state = full_size
+    model = load_model(path, torch.device("cpu"))
+    assert model.clip.visual.image_size == (224, 224)
+    assert len(model.clip.visual.transformer.resblocks) == 12
+    assert len(model.clip.transformer.resblocks) == 12
+    for module, heads in ((model.clip.visual.transformer, 12), (model.clip.transformer, 8)):
+        assert module.resblocks[0].attn.num_heads == heads
+    text, image = "clip_text_encoder.prompt_learner.clip_model.", "clip_image_encoder."
+    block = "masker.image_encoder.backbone.transformer.resblocks.11."
+    net = "masker.image_encoder.decoder.decoder.net."
+    lands = {
+        "context": "clip_text_encoder.prompt_learner.ctx",
+        "region_prompt": "learnable_image_bg",
+        "word_prompt": "bg_text",
+        "clip.visual.conv1.weight": image + "clip_visual.conv1.weight",
+        "clip.visual.ln_post.bias": image + "clip_proj.ln.bias",
+        "clip.visual.proj": image + "clip_proj.proj",
+        "clip.visual.transformer.resblocks.11.attn.in_proj_weight": image
+        + "clip_visual.transformer.resblocks.11.attn.in_proj_weight",
+        "clip.token_embedding.weight": text + "token_embedding.weight",
+        "clip.text_projection": text + "text_projection",
+        "clip.transformer.resblocks.3.mlp.c_fc.weight": text
+        + "transformer.resblocks.3.mlp.c_fc.weight",
+        "image_segmenter.block.mlp.c_proj.weight": block + "mlp.c_proj.weight",
+        "image_segmenter.upsampling.0.convs.0.weight": net + "0.conv.conv.weight",
+        "image_segmenter.upsampling.1.norms.0.weight": net + "1.conv.norm.weight",
+        "image_segmenter.upsampling.1.gates.0": net + "1.conv.gate.gate",
+        "image_segmenter.ln_post.weight": "masker.image_encoder.decoder.image_proj.ln.weight",
+        "image_segmenter.proj": "masker.image_encoder.decoder.image_proj.proj",
+        "image_segmenter.mask_scale": "masker.sim2mask.w",
+        "image_segmenter.mask_bias": "masker.sim2mask.b",
+        "text_segmenter.blocks.1.attn.out_proj.weight": "text_decoder.transformer.resblocks.1."
+        "attn.out_proj.weight",
+        "text_segmenter.word_scale": "text_mask_w",
+        "text_segmenter.word_bias": "text_mask_b",
+        "image_log_scale": "tcli_loss.logit_scale",
+        "region_log_scale": "tclf_loss.logit_scale",
+        "hcl_log_scale": "hcl_loss.logit_scale",
+    }
+    ours = dict(model.state_dict())
+    for name, theirs in lands.items():
+        assert torch.equal(ours[name], state[theirs].float().reshape(ours[name].shape)), name
+    # And every learned tensor came from the file: none kept its start.
+    assert model.learned_state().keys() == rename_released(state, tcl=False)["learned"].keys()
+
+
+class Exploding:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+def test_a_released_file_executes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = next(n for n in TRIPLES if "code" in n)
+    tensors = np.load(GOLDEN / f"{name}_checkpoint.npz")
+    state = {key: torch.tensor(value) for key, value in tensors.items()}
+    content = {"cfg": Exploding(), "model": state, "hook": [Exploding(), {"x": Exploding()}]}
+    torch.save(content, "bomb.pth")
+    model = load_model("bomb.pth", torch.device("cpu"))
+    assert len(model.context) == len(state["clip_text_encoder.prompt_learner.ctx"])
+    assert not Path("exploded").exists()
+
+
+def test_unknown_and_missing_tensors_are_named():
+    name = next(n for n in TRIPLES if "code" in n)
+    tensors = np.load(GOLDEN / f"{name}_checkpoint.npz")
+    state = {key: torch.tensor(value) for key, value in tensors.items()}
+    with pytest.raises(UserError, match="x.pth: unknown tensors masker.extra"):
+        rebuild_released(state | {"masker.extra": torch.zeros(1)}, "x.pth")
+    without = {key: value for key, value in state.items() if key != "masker.sim2mask.w"}
+    with pytest.raises(UserError, match="missing image_segmenter.mask_scale"):
+        rebuild_released(without, "x.pth")
+    without = {key: value for key, value in state.items() if "clip_visual.conv1" not in key}
+    with pytest.raises(UserError, match="missing tensor visual.conv1.weight"):
+        rebuild_released(without, "x.pth")
