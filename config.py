@@ -77,7 +77,10 @@ class TrainConfig:
 
     preset: str = option("thesis", "named set of defaults: thesis, shapes")
     pairs: str | None = option(None, "folder of pictures with same-named .txt captions")
-    shards: str = option("data/cc/{000000..001574}.tar", "webdataset shards of CC3M + CC12M")
+    shards: tuple[str, ...] = option(
+        ("data/gcc3m/gcc-train-{000000..000331}.tar", "data/gcc12m/cc-{000000..001242}.tar"),
+        "webdataset shards of pairs; braces and globs",
+    )
     out: str = option("out/train", "folder for the checkpoint, the configuration and the log")
     steps: int = option(50_000, "optimizer steps")
     batch_size: int = option(64, "image-text pairs in a step, over all processes")

@@ -1,22 +1,20 @@
-"""Pairs of image and text for training: noun selection (3.1, 3.5), reading, augmentation, batches.
+"""Pairs of image and text for training: noun selection (3.1, 3.5), augmentation, batches.
 
-The order of the pairs and everything random about one of them follow from the seed, the pass over
-the data and the pair's number alone. A reader (one loader worker of one training process) can
-therefore go on at any position, and nothing about it has to be saved but that position.
+Every reader (one loader worker of one training process) has its own share of the pairs. Its order
+and everything random about a pair follow from the seed, the pass over the data and the place in the
+pass alone, so that a reader can go on anywhere and nothing has to be saved but its place.
 """
 
 import collections
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
-from pathlib import Path
 
 import nltk
 import numpy as np
 import open_clip
 import torch
 from nltk.tokenize import NLTKWordTokenizer
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop
@@ -25,17 +23,12 @@ from torchvision.transforms.functional import normalize, to_tensor
 from clip import IMAGE_MEAN, IMAGE_STD, noun_prompts, tokenize
 from config import UserError
 from datasets import shapes
+from sources import BadSample, Folder, ShapesWorld, Shards
 
 # CLIP's 80 hand-written ImageNet templates, for n'_j.
 KNOWLEDGE_TEMPLATES = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-MAX_PIXELS, MIN_SIDE, MAX_CAPTION = 100_000_000, 8, 5_000
-
 Tagger = Callable[[list[str]], list[tuple[str, str]]]
-
-
-class BadSample(Exception):
-    """A pair that cannot be trained on; the message is the cause it is counted under."""
+Counts = collections.Counter[str]
 
 
 # --- nouns ----------------------------------------------------------------------------------------
@@ -76,96 +69,6 @@ def shapes_tagger() -> Tagger:
     return nltk.UnigramTagger(model=dict.fromkeys(shapes.NOUNS, "NN")).tag
 
 
-# --- sources of pairs: a length, and pair number i as (RGB picture, caption) ----------------------
-
-
-class Folder:
-    """Pictures (JPEG, PNG, WebP) with captions in .txt files of the same name, at any depth."""
-
-    def __init__(self, root: str):
-        if not Path(root).is_dir():
-            raise UserError(
-                f"--pairs {root}: no such folder (pictures with same-named .txt captions)"
-            )
-        found = sorted(p for p in Path(root).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        self.paths = [path for path in found if path.with_suffix(".txt").exists()]
-        if not self.paths:
-            raise UserError(
-                f"--pairs {root}: none of its {len(found)} pictures (.jpg, .png, .webp) has a "
-                "caption in a .txt file of the same name"
-            )
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def read(self, index: int, rng: np.random.Generator) -> tuple[Image.Image, str]:
-        path = self.paths[index]
-        return read_image(path), read_caption(path.with_suffix(".txt").read_bytes())
-
-
-class ShapesWorld:
-    """Scenes of the built-in world; a scene is drawn once and described anew every time."""
-
-    def __init__(self, count: int, split: str = "train"):
-        self.count = count
-        self.scene = lru_cache(maxsize=None)(lambda index: shapes.scene(split, index))
-
-    def __len__(self) -> int:
-        return self.count
-
-    def read(self, index: int, rng: np.random.Generator) -> tuple[Image.Image, str]:
-        scene = self.scene(index)
-        return Image.fromarray(scene.image), shapes.caption_of(rng, scene.things, scene.surface)
-
-
-def read_image(file) -> Image.Image:
-    """Decode a picture of any mode to upright RGB. Raises BadSample."""
-    try:
-        with Image.open(file) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise BadSample("picture too large")
-            if min(image.size) < MIN_SIDE:
-                raise BadSample("picture too small")
-            image.draft("RGB", (512, 512))  # large JPEGs are decoded at a half, quarter or eighth
-            return to_rgb(ImageOps.exif_transpose(image))
-    except BadSample:
-        raise
-    except UnidentifiedImageError:
-        raise BadSample("not a picture") from None
-    except Image.DecompressionBombError:
-        raise BadSample("picture too large") from None
-    except Exception:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise BadSample("corrupt picture") from None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any Pillow mode: 16-bit grey is scaled down, transparency is laid on white."""
-    if image.mode.startswith("I"):
-        image = image.convert("I")
-        array = np.asarray(image, np.float32)
-        image = Image.fromarray(
-            (array / (257 if array.max() > 255 else 1)).clip(0, 255).astype(np.uint8)
-        )
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def read_caption(content: bytes) -> str:
-    """Decode a caption. Raises BadSample for an empty, enormous or non-UTF-8 one."""
-    if len(content) > MAX_CAPTION:
-        raise BadSample("caption too long")
-    try:
-        caption = content.decode("utf-8-sig").strip()
-    except UnicodeDecodeError:
-        raise BadSample("caption not UTF-8") from None
-    if not caption:
-        raise BadSample("caption empty")
-    return caption
-
-
 # --- batches --------------------------------------------------------------------------------------
 
 
@@ -178,7 +81,7 @@ class Batch:
     noun_tokens: Tensor  # (J*b, L'), `clip.noun_prompts`
     knowledge_tokens: Tensor  # (J*b, L''), the nouns in hand-written templates
     noun_labels: Tensor  # (b, L), the released pseudo-labels
-    skipped: collections.Counter = field(default_factory=collections.Counter)  # bad pairs by cause
+    skipped: Counts = field(default_factory=Counts)  # bad pairs by cause
     position: tuple[int, int, int] = (0, 0, 0)  # reader, and its pass and place after this batch
 
     def to(self, device: torch.device) -> "Batch":
@@ -238,11 +141,11 @@ def collate(
 class PairStream(IterableDataset):
     """Endless batches of one training process, read by its loader's workers.
 
-    Reader k of K reads places k, k + K, ... of every pass, each pass being a new permutation of the
-    source. start: places already read, {reader: (pass, place)}; first_reader: whose turn it is.
+    start: where each reader goes on, {reader: (pass, place)}; turn: the worker whose turn it is.
+    A UserError in the stream means that the data is unusable: the training process raises it.
     """
 
-    source: Folder | ShapesWorld
+    source: Folder | ShapesWorld | Shards
     tagger: Tagger
     pairs: int  # in a batch of this process
     nouns: int
@@ -253,52 +156,55 @@ class PairStream(IterableDataset):
     rank: int = 0
     processes: int = 1
     start: dict[int, tuple[int, int]] = field(default_factory=dict)
-    first_reader: int = 0
+    turn: int = 0
 
     def __iter__(self) -> Iterator[Batch | UserError]:
-        worker = get_worker_info()
-        workers = worker.num_workers if worker else 1
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
         # Workers deliver in turn: after resuming, the first one takes over whose turn it was.
-        turn = ((worker.id if worker else 0) + self.first_reader) % workers
-        reader, readers = self.rank * workers + turn, self.processes * workers
+        reader, readers = (
+            self.rank * workers + (worker + self.turn) % workers,
+            self.processes * workers,
+        )
+        pass_, place = self.start.get(reader, (0, 0))
         samples: list[tuple] = []
-        skipped: collections.Counter = collections.Counter()
-        good_in_pass, history = 0, collections.deque(maxlen=1000)
-        pass_, place = self.start.get(reader, (0, reader))
+        skipped: Counts = Counts()
+        recent: collections.deque[bool] = collections.deque(maxlen=1000)  # was it bad?
         while True:
-            order = np.random.default_rng((self.seed, pass_)).permutation(len(self.source))
-            while place < len(order):
-                index = int(order[place])
-                place += readers
+            good, first = 0, place
+            items = self.source.order(self.seed, pass_, reader, readers)
+            for item in itertools.islice(items, place, None):
+                rng = np.random.default_rng((self.seed, pass_, reader, place))
+                place += 1
                 try:
-                    samples.append(self.prepare(index, pass_))
-                    good_in_pass += 1
-                    history.append(0)
+                    samples.append(self.prepare(item, rng))
+                    good += 1
+                    recent.append(False)
                 except BadSample as cause:
                     skipped[str(cause)] += 1
-                    history.append(1)
-                    if sum(history) > 500:
-                        yield UserError(
-                            f"{sum(history)} of the last {len(history)} pairs could not be used "
-                            f"({_listed(skipped)}): is this the right data?"
-                        )
+                    recent.append(True)
+                if sum(recent) > 500:
+                    yield UserError(
+                        f"{sum(recent)} of the last {len(recent)} pairs could not be used "
+                        f"({listed(skipped)}): is this the right data?"
+                    )
                 if len(samples) == self.pairs:
                     batch = collate(*zip(*samples), self.context_length)
                     yield replace(batch, skipped=skipped, position=(reader, pass_, place))
-                    samples, skipped = [], collections.Counter()
-            if good_in_pass < 1:
-                cause = (
-                    _listed(skipped)
-                    if skipped
-                    else f"only {len(order)} pairs for {readers} readers"
+                    samples, skipped = [], Counts()
+            if first == 0 and good < self.pairs:
+                found = f"{good} usable pairs for a batch of {self.pairs}"
+                causes = f" ({listed(skipped)})" if skipped else ""
+                yield UserError(
+                    f"a whole pass over a reader's share of the data gave {found}{causes}"
                 )
-                yield UserError(f"a whole pass over the data gave no usable pair ({cause})")
-            pass_, place, good_in_pass = pass_ + 1, reader, 0
+            pass_, place = pass_ + 1, 0
 
-    def prepare(self, index: int, pass_: int) -> tuple:
+    def prepare(self, item, rng: np.random.Generator) -> tuple:
         """Read and augment one pair, draw its nouns and templates: the arguments of `collate`."""
-        rng = np.random.default_rng((self.seed, pass_, index))
-        image, caption = self.source.read(index, rng)
+        if isinstance(item, BadSample):
+            raise item
+        image, caption = self.source.read(item, rng)
         nouns = select_nouns(caption, self.tagger)
         if len(nouns) < self.nouns:
             raise BadSample(f"fewer than {self.nouns} nouns")
@@ -312,7 +218,7 @@ class PairStream(IterableDataset):
         return image, caption, nouns[: self.nouns], nouns[self.nouns :], templates
 
 
-def _listed(counts: collections.Counter) -> str:
+def listed(counts: Counts) -> str:
     return ", ".join(f"{count} {cause}" for cause, count in counts.most_common())
 
 

@@ -38,18 +38,10 @@ from config import (
     start_processes,
     stop_processes,
 )
-from data import (
-    Batch,
-    Folder,
-    PairStream,
-    ShapesWorld,
-    Tagger,
-    make_loader,
-    nltk_tagger,
-    shapes_tagger,
-)
+from data import Batch, PairStream, Tagger, make_loader, nltk_tagger, shapes_tagger
 from losses import capped_scale, code_losses, local_rows
 from model import CoDe
+from sources import Folder, ShapesWorld, Shards
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -90,23 +82,13 @@ def logistic_noise(batch: Batch, grid: tuple[int, int], seed: int, step: int) ->
     return torch.logit(uniform)[:, local_rows(pairs, device)].flatten(0, 1)
 
 
-def open_source(config: TrainConfig) -> tuple[Folder | ShapesWorld, Tagger]:
-    """The pairs that the options ask for, and the tagger of their nouns.
-
-    Raises UserError where there are no pairs, or fewer than a batch.
-    """
+def open_source(config: TrainConfig) -> tuple[Folder | ShapesWorld | Shards, Tagger]:
+    """The pairs that the options ask for, and the tagger of their nouns. Raises UserError."""
     if config.pairs is not None:
-        source, tagger = Folder(config.pairs), nltk_tagger()
-    elif config.preset == "shapes":
-        source, tagger = ShapesWorld(5000), shapes_tagger()
-    else:
-        raise UserError(
-            f"looked for the shards {config.shards} of CC3M + CC12M and found none; --pairs DIR "
-            "trains on your own pictures and captions, --preset shapes needs no data at all"
-        )
-    if config.batch_size > len(source):
-        raise UserError(f"--batch-size {config.batch_size}: there are only {len(source)} pairs")
-    return source, tagger
+        return Folder(config.pairs), nltk_tagger()
+    if config.preset == "shapes":
+        return ShapesWorld(5000), shapes_tagger()
+    return Shards(config.shards), nltk_tagger()
 
 
 def check_options(config: TrainConfig, loss_config: LossConfig) -> None:
@@ -308,7 +290,7 @@ def resume(
     load_learned(model, content["model"], path)
     optimizer.load_state_dict(content["optimizer"])
     step, workers = content["step"], max(1, config.workers)
-    return step, {"start": content["positions"], "first_reader": step % workers}
+    return step, {"start": content["positions"], "turn": step % workers}
 
 
 if __name__ == "__main__":

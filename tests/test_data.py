@@ -9,6 +9,7 @@ from PIL import Image
 from test_released import ROOT
 
 import data
+import sources
 from clip import tokenize
 from config import UserError
 from datasets import shapes
@@ -90,7 +91,7 @@ def gradient(mode: str) -> Image.Image:
 def test_pictures_of_any_mode(mode, tmp_path):
     path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
     gradient(mode).save(path)
-    image = data.read_image(path)
+    image = sources.read_image(path)
     assert image.mode == "RGB" and image.size == (40, 30)
     values = np.asarray(image)
     assert values[0, 0].mean() < 60 and values[-1, -1].mean() > 200
@@ -100,12 +101,12 @@ def test_exif_orientation_is_applied(tmp_path):
     image, exif = gradient("RGB"), Image.Exif()
     exif[0x0112] = 6
     image.save(tmp_path / "x.jpg", exif=exif)
-    assert data.read_image(tmp_path / "x.jpg").size == (30, 40)
+    assert sources.read_image(tmp_path / "x.jpg").size == (30, 40)
 
 
 def test_transparency_is_laid_on_white(tmp_path):
     Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(tmp_path / "x.png")
-    assert np.asarray(data.read_image(tmp_path / "x.png")).min() == 255
+    assert np.asarray(sources.read_image(tmp_path / "x.png")).min() == 255
 
 
 def damaged(tmp_path, cause: str):
@@ -127,8 +128,8 @@ def damaged(tmp_path, cause: str):
     "cause", ["corrupt picture", "not a picture", "picture too small", "picture too large"]
 )
 def test_bad_pictures(cause, tmp_path):
-    with pytest.raises(data.BadSample, match=cause):
-        data.read_image(damaged(tmp_path, cause))
+    with pytest.raises(sources.BadSample, match=cause):
+        sources.read_image(damaged(tmp_path, cause))
 
 
 @pytest.mark.parametrize(
@@ -141,8 +142,8 @@ def test_bad_pictures(cause, tmp_path):
     ],
 )
 def test_bad_captions(content, cause):
-    with pytest.raises(data.BadSample, match=cause):
-        data.read_caption(content)
+    with pytest.raises(sources.BadSample, match=cause):
+        sources.read_caption(content)
 
 
 # --- streams --------------------------------------------------------------------------------------
@@ -164,14 +165,14 @@ def same(a: data.Batch, b: data.Batch) -> bool:
 
 
 def test_a_seed_gives_an_order_and_another_seed_another():
-    world = data.ShapesWorld(50)
+    world = sources.ShapesWorld(50)
     a, b = take(make_stream(world), 3), take(make_stream(world), 3)
     assert all(map(same, a, b))
     assert not same(a[0], take(make_stream(world, seed=4), 1)[0])
 
 
 def test_batches_do_not_depend_on_torch_or_numpy_global_state():
-    world = data.ShapesWorld(50)
+    world = sources.ShapesWorld(50)
     torch.manual_seed(1)
     a = take(make_stream(world), 2)
     torch.manual_seed(2)
@@ -185,13 +186,13 @@ class Counted:
     def __init__(self, count: int, bad: tuple = ()):
         self.count, self.bad, self.read_indices = count, bad, []
 
-    def __len__(self):
-        return self.count
+    def order(self, seed, pass_, reader, readers):
+        return iter(np.random.default_rng((seed, pass_)).permutation(self.count)[reader::readers])
 
     def read(self, index, rng):
-        self.read_indices.append(index)
+        self.read_indices.append(int(index))
         if index in self.bad:
-            raise data.BadSample("corrupt picture")
+            raise sources.BadSample("corrupt picture")
         return Image.new("RGB", (32, 32)), "a kite and a ball"
 
 
@@ -205,7 +206,7 @@ def test_no_pair_is_read_twice_in_a_pass_over_all_processes():
 
 
 def test_a_stream_goes_on_where_a_batch_ended():
-    world = data.ShapesWorld(30)
+    world = sources.ShapesWorld(30)
     batches = take(make_stream(world), 9)  # more than one pass
     reader, *place = batches[3].position
     rest = take(make_stream(world, start={reader: tuple(place)}), 5)
@@ -214,7 +215,7 @@ def test_a_stream_goes_on_where_a_batch_ended():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_goes_on_where_it_was(workers):
-    world = data.ShapesWorld(40)
+    world = sources.ShapesWorld(40)
 
     def batches(count, **changes):
         loader = iter(data.make_loader(make_stream(world, **changes), workers, False))
@@ -222,7 +223,7 @@ def test_a_loader_goes_on_where_it_was(workers):
 
     whole = batches(9)
     start = {b.position[0]: b.position[1:] for b in whole[:3]}
-    rest = batches(6, start=start, first_reader=3 % max(1, workers))
+    rest = batches(6, start=start, turn=3 % max(1, workers))
     assert all(map(same, whole[3:], rest))
 
 
@@ -259,17 +260,17 @@ def test_a_batch_has_what_its_pairs_say():
 
 def test_folder(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        data.Folder(str(tmp_path / "nowhere"))
+        sources.Folder(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="none of its 0 pictures"):
-        data.Folder(str(tmp_path))
+        sources.Folder(str(tmp_path))
     (tmp_path / "deep").mkdir()
     for name in ("a.jpg", "b.png", "deep/c.webp", "lonely.jpg"):
         Image.new("RGB", (20, 20)).save(tmp_path / name)
     for name in ("a", "b", "deep/c"):
         (tmp_path / f"{name}.txt").write_text(f"caption of {name}")
-    folder = data.Folder(str(tmp_path))
-    captions = [folder.read(i, None)[1] for i in range(len(folder))]
-    assert captions == ["caption of a", "caption of b", "caption of deep/c"]
+    folder = sources.Folder(str(tmp_path))
+    captions = [folder.read(item, None)[1] for item in folder.order(0, 0, 0, 1)]
+    assert sorted(captions) == ["caption of a", "caption of b", "caption of deep/c"]
 
 
 def test_missing_tagger_data_says_how_to_get_it(monkeypatch):

@@ -166,12 +166,13 @@ def test_learning_rate():
 @pytest.mark.parametrize(
     "arguments, words",
     [
+        ((), "data/gcc3m/gcc-train-{000000..000331}.tar data/gcc12m"),
         ((), "--preset shapes needs no data"),
         (("--preset", "shape"), "--preset shape: not one of thesis, shapes"),
         (("--steps", "many"), "invalid int value: 'many'"),
         (("--stepz", "3"), "unrecognized arguments: --stepz"),
         (("--pairs", "nowhere"), "--pairs nowhere: no such folder"),
-        (("--preset", "shapes", "--batch-size", "9000"), "there are only 5000 pairs"),
+        (("--shards", "nowhere/{00..12}.tar"), "nowhere/{00..12}.tar"),
         (("--preset", "shapes", "--clip", "RN50", "--clip-weights", "none"), "only plain ViTs"),
         (("--preset", "shapes", "--clip", "ViT-Z"), "open_clip has no such model"),
         (("--preset", "shapes", "--resume", "--out", "nowhere"), "nowhere/last.pt: no such"),

@@ -1,0 +1,228 @@
+"""Where pairs of image and text come from: a folder, webdataset shards, the shapes world.
+
+Every source has `order(seed, pass_, reader, readers)`: what one of many readers reads in one pass,
+a shuffled share of the whole that no other reader has, the same for the same arguments. Its items
+are cheap; `read(item, rng)` gives the picture and the caption of one. What cannot be used is a
+BadSample, raised by `read` or found among the items.
+
+Shards are read with the standard library's tarfile: it finds a sample's offset without reading the
+sample, so that shuffling and resuming inside a pass cost headers only; webdataset has no resuming.
+"""
+
+import glob
+import io
+import itertools
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from config import UserError
+from datasets import shapes
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+MAX_PIXELS, MIN_SIDE, MAX_CAPTION = 100_000_000, 8, 5_000  # captions in bytes
+
+
+class BadSample(Exception):
+    """A pair that cannot be trained on; the message is the cause it is counted under."""
+
+
+class Folder:
+    """Pictures (JPEG, PNG, WebP) with captions in .txt files of the same name, at any depth."""
+
+    def __init__(self, root: str):
+        if not Path(root).is_dir():
+            raise UserError(
+                f"--pairs {root}: no such folder (pictures with same-named .txt captions)"
+            )
+        found = sorted(p for p in Path(root).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        self.paths = [path for path in found if path.with_suffix(".txt").exists()]
+        if not self.paths:
+            raise UserError(
+                f"--pairs {root}: none of its {len(found)} pictures (.jpg, .png, .webp) has a "
+                "caption in a .txt file of the same name"
+            )
+
+    def order(self, seed: int, pass_: int, reader: int, readers: int) -> Iterator[Path]:
+        shuffled = np.random.default_rng((seed, pass_)).permutation(len(self.paths))
+        return (self.paths[i] for i in shuffled[reader::readers])
+
+    def read(self, item: Path, rng: np.random.Generator) -> tuple[Image.Image, str]:
+        return read_image(item), read_caption(item.with_suffix(".txt").read_bytes())
+
+
+class ShapesWorld:
+    """Scenes of the built-in world; a scene is drawn once and described anew every time."""
+
+    def __init__(self, count: int, split: str = "train"):
+        self.count = count
+        self.scene = lru_cache(maxsize=None)(lambda index: shapes.scene(split, index))
+
+    def order(self, seed: int, pass_: int, reader: int, readers: int) -> Iterator[int]:
+        return iter(np.random.default_rng((seed, pass_)).permutation(self.count)[reader::readers])
+
+    def read(self, item: int, rng: np.random.Generator) -> tuple[Image.Image, str]:
+        scene = self.scene(int(item))
+        return Image.fromarray(scene.image), shapes.caption_of(rng, scene.things, scene.surface)
+
+
+class Shards:
+    """img2dataset's webdataset tars: KEY.jpg|png|jpeg|webp and KEY.txt, other members ignored.
+
+    patterns: paths with braces ({000..331}, numbers with leading zeros) and globs (* ? []).
+    """
+
+    BUFFER = 2000  # samples that are shuffled together, beyond the shuffle of the shards
+
+    def __init__(self, patterns: Sequence[str]):
+        expanded = [path for pattern in patterns for path in expand_braces(pattern)]
+        found = [sorted(glob.glob(path)) if glob.has_magic(path) else [path] for path in expanded]
+        self.paths = [path for group in found for path in group if Path(path).is_file()]
+        if not self.paths:
+            raise UserError(
+                f"no shard of CC3M + CC12M found (looked for --shards {' '.join(patterns)}); "
+                "--pairs DIR trains on pictures and captions, --preset shapes needs no data at all"
+            )
+
+    def order(self, seed: int, pass_: int, reader: int, readers: int) -> Iterator:
+        rng = np.random.default_rng((seed, pass_))
+        shards = [self.paths[i] for i in rng.permutation(len(self.paths))]
+        if len(shards) >= readers:
+            items = itertools.chain.from_iterable(map(index_shard, shards[reader::readers]))
+        else:  # too few to share out: every reader takes every so manieth sample of all of them
+            every = itertools.chain.from_iterable(map(index_shard, shards))
+            items = itertools.islice(every, reader, None, readers)
+        rng = np.random.default_rng((seed, pass_, reader))
+        buffer: list = []
+        for item in items:
+            buffer.append(item)
+            if len(buffer) == self.BUFFER:
+                yield _pop(buffer, rng)
+        while buffer:
+            yield _pop(buffer, rng)
+
+    def read(self, item: "ShardItem", rng: np.random.Generator) -> tuple[Image.Image, str]:
+        with open(item.path, "rb") as file:
+            file.seek(item.caption[0])
+            caption = read_caption(file.read(item.caption[1]))
+            file.seek(item.image[0])
+            return read_image(io.BytesIO(file.read(item.image[1]))), caption
+
+
+@dataclass
+class ShardItem:
+    """Where in a tar a sample lies: (offset, size) of its picture and of its caption."""
+
+    path: str
+    image: tuple[int, int]
+    caption: tuple[int, int]
+
+
+def _pop(buffer: list, rng: np.random.Generator):
+    """Take a random item out of a list, in constant time."""
+    i = int(rng.integers(len(buffer)))
+    buffer[i], buffer[-1] = buffer[-1], buffer[i]
+    return buffer.pop()
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Every path that a{00..12}b stands for; several braces multiply."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not match:
+        return [pattern]
+    first, last = match[1], match[2]
+    numbers = [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    return [path for n in numbers for path in expand_braces(before + n + after)]
+
+
+def index_shard(path: str) -> Iterator[ShardItem | BadSample]:
+    """The samples of a tar, found by its headers alone; what is damaged comes as a BadSample."""
+    key, parts = None, {}
+
+    def sample(damaged: bool = False) -> Iterator[ShardItem | BadSample]:
+        image = next((parts[suffix] for suffix in IMAGE_SUFFIXES if suffix in parts), None)
+        if image and ".txt" in parts:
+            yield ShardItem(path, image, parts[".txt"])
+        elif (image or ".txt" in parts) and not damaged:
+            yield BadSample("picture without caption" if image else "caption without picture")
+
+    try:
+        size = os.path.getsize(path)
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                tar.members = []  # tarfile would keep them all
+                if member.offset_data + member.size > size:
+                    raise tarfile.ReadError
+                folder, _, name = member.name.rpartition("/")
+                stem, _, suffix = name.partition(".")
+                if (folder, stem) != key:
+                    yield from sample()
+                    key, parts = (folder, stem), {}
+                if member.isfile():
+                    parts["." + suffix.lower()] = (member.offset_data, member.size)
+            # tarfile takes a broken header for the end; the real end is a block of zeros.
+            tar.fileobj.seek(tar.offset)
+            if any(tar.fileobj.read(512)) or size == 0:
+                raise tarfile.ReadError
+        yield from sample()
+    except tarfile.ReadError:
+        yield from sample(damaged=True)
+        yield BadSample("damaged shard")
+    except OSError:
+        yield BadSample("unreadable shard")
+
+
+def read_image(file) -> Image.Image:
+    """Decode a picture of any mode to upright RGB. Raises BadSample."""
+    try:
+        with Image.open(file) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadSample("picture too large")
+            if min(image.size) < MIN_SIDE:
+                raise BadSample("picture too small")
+            image.draft("RGB", (512, 512))  # large JPEGs are decoded at a half, quarter or eighth
+            return to_rgb(ImageOps.exif_transpose(image))
+    except BadSample:
+        raise
+    except UnidentifiedImageError:
+        raise BadSample("not a picture") from None
+    except Image.DecompressionBombError:
+        raise BadSample("picture too large") from None
+    except Exception:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        raise BadSample("corrupt picture") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of any Pillow mode: 16-bit grey is scaled down, transparency is laid on white."""
+    if image.mode.startswith("I"):
+        image = image.convert("I")
+        array = np.asarray(image, np.float32)
+        image = Image.fromarray(
+            (array / (257 if array.max() > 255 else 1)).clip(0, 255).astype(np.uint8)
+        )
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def read_caption(content: bytes) -> str:
+    """Decode a caption. Raises BadSample for an empty, enormous or non-UTF-8 one."""
+    if len(content) > MAX_CAPTION:
+        raise BadSample("caption too long")
+    try:
+        caption = content.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise BadSample("caption not UTF-8") from None
+    if not caption:
+        raise BadSample("caption empty")
+    return caption
