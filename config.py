@@ -98,6 +98,12 @@ class TrainConfig:
     log_every: int = option(10, "steps between two lines of log.jsonl")
     checkpoint_every: int = option(1000, "steps between two checkpoints")
     resume: bool = option(False, "go on from last.pt in --out")
+    eval_dataset: str | None = option(None, "benchmark to evaluate on; the best goes to best.pt")
+    eval_root: str = option("data", "folder with the raw benchmark folders")
+    eval_every: int = option(5000, "steps between two evaluations (at a checkpoint)")
+    eval_limit: int | None = option(None, "evaluate on the first N images only")
+    tensorboard: bool = option(False, "write TensorBoard files into --out too")
+    compile: bool = option(False, "compile the model with torch.compile")
 
 
 @dataclass

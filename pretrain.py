@@ -10,7 +10,8 @@ here; one that sees 300,000 drawings on a laptop needs two kinds:
 - *CutMix*: a rectangle of patches comes from another picture, and the tokens of either region
   before the last block, averaged, must tell the words of its own caption (through another head
   that is thrown away). Without it the transformer parks an object's identity in background
-  patches. The last block, which MaskCLIP reads, sees nothing but the class token's loss.
+  patches. At a tenth of that weight the dense value features that MaskCLIP reads must match the
+  embeddings of the region's nouns; without this small share they say nothing of backgrounds.
 """
 
 import math
@@ -54,7 +55,8 @@ class PretrainConfig:
     batch_size: int = option(64, "pairs in a step")
     word_steps: int = option(1500, "stage 1: word head alone, single-object scenes")
     contrast_steps: int = option(1000, "stage 2: InfoNCE and word head")
-    cutmix_steps: int = option(3500, "stage 3: every second step on CutMix pictures, rate to zero")
+    cutmix_steps: int = option(4500, "stage 3: every second step on CutMix pictures, rate to zero")
+    dense: float = option(1.0, "stage 3: weight of the dense features' share (the tokens': 10)")
     lr: float = option(1e-3, "peak learning rate; constant but for warm-up and stage 3")
     weight_decay: float = option(0.05, "AdamW")
     seed: int = option(0, "of weights and batches")
@@ -160,8 +162,10 @@ def main() -> None:
     word_head = nn.Linear(SHAPES_ARCHITECTURE["embed_dim"], len(WORDS))
     region_norm, region_head = nn.LayerNorm(width), nn.Linear(width, len(WORDS))
     parameters = [p for p in clip.parameters() if p.requires_grad]
+    noun_scale = nn.Parameter(torch.tensor([math.log(10.0), -5.0]))  # log scale and bias
     for helper in (word_head, region_norm, region_head):
         parameters += helper.parameters()
+    parameters.append(noun_scale)
     decay = [p for p in parameters if p.ndim > 1]
     plain = [p for p in parameters if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain}]
@@ -188,11 +192,19 @@ def main() -> None:
         words = words_in(captions)
         if stage == 2 and step % 2:
             x, inside = cutmix(x, rng, clip.visual.patch_size[0])
-            tokens = region_norm(visual_hidden(clip, x)[:, 1:])  # (B, h*w, width)
+            hidden = visual_hidden(clip, x)
+            tokens, dense = region_norm(hidden[:, 1:]), dense_embedding(clip, hidden)
+            prompts = [TEMPLATES[rng.integers(80)].format(noun) for noun in shapes.NOUNS]
+            nouns = embed_texts(clip, tokenize(prompts))  # (18, C)
             loss = 0.0
             for region, held in ((inside, words.roll(-1, 0)), (1 - inside, words)):
-                pooled = (tokens * region[..., None]).sum(1) / region.sum(1, keepdim=True)
-                loss = loss + 10 * F.binary_cross_entropy_with_logits(region_head(pooled), held)
+                share = (region / region.sum(1, keepdim=True))[..., None]  # (B, h*w, 1)
+                logits = region_head((tokens * share).sum(1))
+                loss = loss + 10 * F.binary_cross_entropy_with_logits(logits, held)
+                match = F.normalize((dense * share).sum(1), dim=-1) @ nouns.T
+                logits = noun_scale[0].exp() * match + noun_scale[1]
+                held = held[:, : len(shapes.NOUNS)]
+                loss = loss + config.dense * F.binary_cross_entropy_with_logits(logits, held)
         else:
             pooled = image_embedding(clip, x)
             loss = 10 * F.binary_cross_entropy_with_logits(word_head(10 * pooled), words)

@@ -9,6 +9,7 @@ Examples:
 import collections
 import json
 import math
+import resource
 import signal
 import sys
 import time
@@ -21,10 +22,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import load_learned, model_content, read_checkpoint, save_atomically
+from checkpoint import (
+    load_learned,
+    model_content,
+    places_to_go_on,
+    read_run,
+    save_atomically,
+    save_run,
+)
 from clip import load_clip
 from config import (
+    EVAL_PRESETS,
     TRAIN_PRESETS,
+    EvalConfig,
     LossConfig,
     ModelConfig,
     TrainConfig,
@@ -39,6 +49,7 @@ from config import (
     stop_processes,
 )
 from data import Batch, PairStream, Tagger, make_loader, nltk_tagger, shapes_tagger
+from evaluate import evaluate, load_benchmark, make_segmenter
 from losses import capped_scale, code_losses, local_rows
 from model import CoDe
 from sources import Folder, ShapesWorld, Shards
@@ -114,12 +125,24 @@ def main() -> None:
     check_options(config, loss_config)
     source, tagger = open_source(config)
 
+    out = Path(config.out)
+    content = read_run(out / "last.pt", config, model_config, loss_config) if config.resume else {}
+    if config.eval_dataset:
+        load_benchmark(config.eval_dataset, config.eval_root)  # now rather than after an hour
+
     torch.manual_seed(config.seed)
     model = CoDe(load_clip(model_config.clip, model_config.clip_weights), model_config).to(device)
     optimizer = make_optimizer(model, config)
-    out, step, start = Path(config.out), 0, {}
-    if config.resume:
-        step, start = resume(model, optimizer, out / "last.pt", config, model_config, loss_config)
+    step, best, places, turn = 0, -1.0, {}, 0
+    if content:
+        load_learned(model, content["model"], out / "last.pt")
+        optimizer.load_state_dict(content["optimizer"])
+        step, best = content["step"], content["best"]
+        places, turn = places_to_go_on(content, config.workers)
+        if main_process and content["processes"] != process_count():
+            print(
+                f"{content['processes']} processes before, {process_count()} now: next pass of data"
+            )
     stream = PairStream(
         source,
         tagger,
@@ -131,24 +154,21 @@ def main() -> None:
         seed=config.seed,
         rank=process_rank(),
         processes=process_count(),
-        **start,
+        start=places,
+        turn=turn,
     )
     if main_process:
-        configs = {
-            "train": asdict(config),
-            "model": asdict(model_config),
-            "loss": asdict(loss_config),
-        }
+        configs = {"train": config, "model": model_config, "loss": loss_config}
+        configs = {name: asdict(value) for name, value in configs.items()}
         save_text(json.dumps(configs, indent=1), out / "config.json")
 
     # bfloat16 where the GPU has it, float16 with loss scaling on older ones, float32 on CPU.
-    half = (
-        torch.bfloat16
-        if device.type == "cuda" and torch.cuda.is_bf16_supported()
-        else torch.float16
-    )
-    autocast = torch.autocast(device.type, half, enabled=device.type == "cuda")
-    scaler = torch.amp.GradScaler(enabled=device.type == "cuda" and half is torch.float16)
+    on_gpu = device.type == "cuda"
+    half = torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float16
+    autocast = torch.autocast(device.type, half, enabled=on_gpu)
+    scaler = make_scaler(device, scaled=on_gpu and half is torch.float16)
+    if content:
+        scaler.load_state_dict(content["scaler"])
 
     # Clusters preempt with SIGTERM: finish the step, save, and leave in good order.
     stopping: list[int] = []
@@ -157,21 +177,23 @@ def main() -> None:
 
     unfreeze_step = round(config.unfreeze * config.steps)
     grid = tuple(4 * side for side in model.clip.visual.grid_size)
-    positions, skipped = dict(stream.start), collections.Counter()
-    ddp = None
-    loader = iter(make_loader(stream, config.workers, pin_memory=device.type == "cuda"))
-    bar = tqdm(
-        total=config.steps, initial=step, desc="training", disable=not main_process, file=sys.stderr
-    )
-    model.train()
+    loader = iter(make_loader(stream, config.workers, pin_memory=on_gpu))
+    log = Log(out, config, step) if main_process else None
     learned = [p for name, p in model.named_parameters() if not name.startswith("clip.")]
-    tick, waited = time.perf_counter(), 0.0
+    ddp, bad_step, bad_terms = (
+        None,
+        torch.tensor(-1, device=device),
+        torch.tensor(False, device=device),
+    )
+    waited, skipped = 0.0, collections.Counter()
+    model.train()
 
-    while step < config.steps and not stopping:
+    while step < config.steps:
         # Two phases: the copy of the last visual block joins in the second.
         if ddp is None or step == unfreeze_step:
             model.image_segmenter.block.requires_grad_(step >= unfreeze_step)
             ddp = DistributedDataParallel(model) if process_count() > 1 else model
+            ddp = torch.compile(ddp) if config.compile else ddp
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
 
@@ -181,116 +203,144 @@ def main() -> None:
         if isinstance(batch, UserError):
             raise batch
         reader, *place = batch.position
-        positions[reader] = tuple(place)
+        places[reader] = tuple(place)
         skipped += batch.skipped
         batch = batch.to(device)
 
         with autocast:
             decomposition = ddp(batch, logistic_noise(batch, grid, config.seed, step))
-        terms = code_losses(
-            decomposition, model, batch.caption_tokens, batch.noun_labels, loss_config
-        )
-        if not torch.isfinite(terms["total"]):
-            bad = [name for name, value in terms.items() if not torch.isfinite(value)]
-            raise UserError(
-                f"step {step}: {', '.join(bad)} not finite; {out}/last.pt is from before"
-            )
+        tokens, labels = batch.caption_tokens, batch.noun_labels
+        terms = code_losses(decomposition, model, tokens, labels, loss_config)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(terms["total"]).backward()
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(learned, config.max_grad_norm)
-        scaler.step(optimizer)
+        scaler.step(optimizer)  # leaves the weights alone if a gradient is not finite
         scaler.update()
+        # No value is read from the device in a step: that would wait for all of its work.
+        unsound = ~torch.isfinite(torch.stack(list(terms.values())))
+        first = (bad_step < 0) & unsound[0]
+        bad_step = torch.where(first, step, bad_step)
+        bad_terms = torch.where(first, unsound, bad_terms)
         step += 1
-        bar.update()
 
-        if step % config.log_every == 0 and main_process:
-            seconds = time.perf_counter() - tick
-            line = {"step": step, "lr": learning_rate(step - 1, config)}
-            line |= {name: value.item() for name, value in terms.items()}
-            line |= {
-                "grad_norm": norm.item(),
-                "mask_area": decomposition.masks.mean().item(),
-                "pairs_per_second": config.log_every * config.batch_size / seconds,
-                "data_wait": waited / seconds,
-                "skipped": dict(skipped),
-            }
-            scales = [name for name, _ in model.named_parameters() if name.endswith("_log_scale")]
-            line |= {
-                name.replace("log_scale", "temperature"): 1
-                / capped_scale(getattr(model, name)).item()
-                for name in scales
-            }
-            with open(out / "log.jsonl", "a") as log:
-                log.write(json.dumps(line) + "\n")
-            bar.set_postfix(
-                loss=f"{line['total']:.3f}", lr=f"{line['lr']:.1e}", wait=f"{line['data_wait']:.0%}"
-            )
-            tick, waited = time.perf_counter(), 0.0
-        if step % config.checkpoint_every == 0 or step == config.steps:
-            save(model, optimizer, step, positions, out, config, loss_config)
-    if stopping:
-        save(model, optimizer, step, positions, out, config, loss_config)
-    bar.close()
-    if main_process:
+        last = step == config.steps
+        talk = step % config.log_every == 0 or last
+        stop = agreed(bool(stopping), device) if talk or process_count() == 1 else False
+        if talk or stop:
+            if bad_step.item() >= 0:
+                names = [name for name, bad in zip(terms, bad_terms.tolist()) if bad]
+                raise UserError(
+                    f"step {bad_step.item()}: {', '.join(names)} not finite; the weights were not "
+                    f"changed by it, {out}/last.pt is the last checkpoint"
+                )
+            if log:
+                log.write(step, model, terms, norm, decomposition, waited, skipped)
+            waited = 0.0
+        due = step % config.checkpoint_every == 0 or last or stop
+        if config.eval_dataset and (step % config.eval_every == 0 or last):
+            reached, due = evaluate_model(model, config, device), True
+            if reached > best and main_process:
+                save_atomically(model_content(model) | {"mIoU": reached}, out / "best.pt")
+            best = max(best, reached)
+        if due:
+            state = (model, optimizer, scaler, step, best, places)
+            save_run(out / "last.pt", *state, config, loss_config)
+        if stop:
+            break
+    if log:
+        log.close()
         print(f"{out}/last.pt: step {step} of {config.steps}")
     stop_processes()
 
 
-def save(
-    model: CoDe,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    positions: dict[int, tuple[int, int]],
-    out: Path,
-    config: TrainConfig,
-    loss_config: LossConfig,
-) -> None:
-    """Write last.pt, everything needed to go on; process 0 gathers all readers' positions."""
-    if process_count() > 1:
-        parts = [None] * process_count()
-        dist.all_gather_object(parts, positions)
-        positions = {reader: place for part in parts for reader, place in part.items()}
-        if process_rank() > 0:
-            return
-    content = model_content(model) | {
-        "optimizer": optimizer.state_dict(),
-        "step": step,
-        "positions": positions,
-        "train_config": asdict(config),
-        "loss_config": asdict(loss_config),
-    }
-    save_atomically(content, out / "last.pt")
+def make_scaler(device: torch.device, scaled: bool) -> torch.amp.GradScaler:
+    """Loss scaling for float16. Elsewhere a scale that stays at 1, for what else the scaler does:
+    an update with a gradient that is not finite is left out, without asking the device."""
+    if scaled:
+        return torch.amp.GradScaler(device.type)
+    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
 
 
-def resume(
-    model: CoDe,
-    optimizer: torch.optim.Optimizer,
-    path: Path,
-    config: TrainConfig,
-    model_config: ModelConfig,
-    loss_config: LossConfig,
-) -> tuple[int, dict]:
-    """Load last.pt; returns the step and where the data goes on. Refuses another configuration."""
-    content = read_checkpoint(path)
-    free = ("out", "device", "log_every", "checkpoint_every", "resume")
-    pairs = [
-        (content["train_config"], asdict(config)),
-        (content["model_config"], asdict(model_config)),
-        (content["loss_config"], asdict(loss_config)),
-    ]
-    differing = [
-        f"{name} was {old.get(name)}, is {value}"
-        for old, new in pairs
-        for name, value in new.items()
-        if name not in free and old.get(name) != value
-    ]
-    if differing:
-        raise UserError(f"--resume: {path} is of another configuration: {'; '.join(differing)}")
-    load_learned(model, content["model"], path)
-    optimizer.load_state_dict(content["optimizer"])
-    step, workers = content["step"], max(1, config.workers)
-    return step, {"start": content["positions"], "turn": step % workers}
+def agreed(stop: bool, device: torch.device) -> bool:
+    """Whether any process was told to stop: all must leave at the same step."""
+    if process_count() == 1:
+        return stop
+    flag = torch.tensor(int(stop), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+class Log:
+    """What process 0 tells: log.jsonl, the progress bar, and TensorBoard if it is asked for."""
+
+    def __init__(self, out: Path, config: TrainConfig, step: int):
+        self.path, self.config = out / "log.jsonl", config
+        if self.path.exists():  # lines from after the checkpoint that the run goes on from
+            lines = self.path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            save_text("".join(kept).rstrip("\n"), self.path) if kept else self.path.unlink()
+        self.bar = tqdm(total=config.steps, initial=step, desc="training", file=sys.stderr)
+        self.board = None
+        if config.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard: `pip install tensorboard` is missing") from None
+            self.board = SummaryWriter(str(out))
+        self.tick, self.step = time.perf_counter(), step
+
+    def write(self, step: int, model: CoDe, terms: dict, norm: Tensor, d, waited: float, skipped):
+        """Read the values off the device and tell them. waited: seconds without data."""
+        seconds, steps = time.perf_counter() - self.tick, step - self.step
+        line = {"step": step, "lr": learning_rate(step - 1, self.config)}
+        line |= {name: value.item() for name, value in terms.items()}
+        line |= {
+            "grad_norm": norm.item(),
+            "mask_area": d.masks.mean().item(),
+            "pairs_per_second": steps * self.config.batch_size / seconds,
+            "data_wait": waited / seconds,
+            "memory_mb": memory_mb(norm.device),
+            "skipped": dict(skipped),
+        }
+        for name, value in model.named_parameters():
+            if name.endswith("_log_scale"):
+                temperature = 1 / capped_scale(value).item()
+                line[name.replace("log_scale", "temperature")] = temperature
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.board:
+            for name, value in line.items():
+                if name != "skipped":
+                    self.board.add_scalar(name, value, step)
+        shown = {"loss": f"{line['total']:.3f}", "lr": f"{line['lr']:.1e}"}
+        shown |= {"pairs/s": f"{line['pairs_per_second']:.0f}", "wait": f"{line['data_wait']:.0%}"}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(steps)
+        self.tick, self.step = time.perf_counter(), step
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.board:
+            self.board.close()
+
+
+def memory_mb(device: torch.device) -> float:
+    """Peak memory so far: the GPU's if there is one, otherwise this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def evaluate_model(model: CoDe, config: TrainConfig, device: torch.device) -> float:
+    """mIoU on --eval-dataset, the images being shared by all processes."""
+    changes = EVAL_PRESETS.get(config.eval_dataset, {}) | {"dataset": config.eval_dataset}
+    settings = EvalConfig(**changes | {"limit": config.eval_limit})
+    benchmark = load_benchmark(config.eval_dataset, config.eval_root)
+    model.eval()
+    figures = evaluate(make_segmenter(model.clip, model, benchmark, settings), benchmark, device)
+    model.train()
+    return figures["mIoU"]
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import load_model, rebuild_released, rename_released
+from checkpoint import load_model
 from clip import visual_hidden
 from config import EvalConfig, LossConfig, UserError
 from data import collate
 from evaluate import Segmenter
 from losses import code_losses
 from pamr import pamr
+from released import rebuild_released, rename_released
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(os.environ.get("CODE_GOLDEN", ROOT.parent / "shared" / "golden"))

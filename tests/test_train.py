@@ -56,7 +56,7 @@ def log(out: Path) -> list[dict]:
 def same_state(a: Path, b: Path) -> bool:
     a, b = (read_checkpoint(path / "last.pt") for path in (a, b))
     equal = all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
-    return equal and a["step"] == b["step"] and a["positions"] == b["positions"]
+    return equal and a["step"] == b["step"] and a["places"] == b["places"]
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +123,8 @@ def test_sigterm_finishes_the_step_saves_and_exits_0(tmp_path):
 def test_two_processes_under_torchrun(tmp_path):
     train(*TINY, "--steps", "5", "--out", tmp_path, processes=2)
     assert len(log(tmp_path)) == 5
-    positions = read_checkpoint(tmp_path / "last.pt")["positions"]
-    assert set(positions) == {0, 1}  # each process read its own share
+    places = read_checkpoint(tmp_path / "last.pt")["places"]
+    assert set(places) == {0, 1}  # each process read its own share
 
 
 def test_real_pairs(tmp_path):
