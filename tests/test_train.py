@@ -12,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 from test_data import NLTK_DATA
+from test_parallel import free_port
 from test_released import ROOT
 
 from checkpoint import load_model, read_checkpoint, save_atomically
 from config import EvalConfig, TrainConfig, UserError
-from train import learning_rate
+from train import learning_rate, make_scaler
 
 TINY = ("--preset", "shapes", "--batch-size", "4", "--log-every", "1", "--warmup", "0.2")
 
@@ -125,6 +126,86 @@ def test_two_processes_under_torchrun(tmp_path):
     assert len(log(tmp_path)) == 5
     places = read_checkpoint(tmp_path / "last.pt")["places"]
     assert set(places) == {0, 1}  # each process read its own share
+
+
+def test_two_nodes(tmp_path):
+    """The README's line for two machines, as two torchrun agents on this one."""
+    rendezvous = ("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1")
+    rendezvous += (f"--master_port={free_port()}",)
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *rendezvous, f"--node_rank={node}"]
+            + ["train.py", *TINY, "--steps", "3", "--out", str(tmp_path)],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    for agent in agents:
+        _, errors = agent.communicate(timeout=120)
+        assert agent.returncode == 0, errors
+    last = read_checkpoint(tmp_path / "last.pt")
+    assert last["processes"] == 2 and set(last["places"]) == {0, 1}
+
+
+def test_two_processes_killed_and_resumed_then_one_goes_on(tmp_path):
+    options = (*TINY, "--steps", "6", "--checkpoint-every", "2", "--workers", "1")
+    train(*options, "--out", tmp_path / "whole", processes=2)
+    killed = subprocess.Popen(
+        command(*options, "--out", tmp_path / "killed", processes=2),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while not (tmp_path / "killed/last.pt").exists() and killed.poll() is None:
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)  # the agent and both processes
+    killed.wait()
+    saved = (tmp_path / "killed/last.pt").read_bytes()
+    train(*options, "--out", tmp_path / "killed", "--resume", processes=2)
+    assert same_state(tmp_path / "whole", tmp_path / "killed")
+
+    (tmp_path / "killed/last.pt").write_bytes(saved)
+    if read_checkpoint(tmp_path / "killed/last.pt")["step"] < 6:
+        done = train(*options, "--out", tmp_path / "killed", "--resume")
+        assert "2 processes before, 1 now" in done.stdout
+        assert read_checkpoint(tmp_path / "killed/last.pt")["step"] == 6
+
+
+def test_the_best_checkpoint_is_kept(tmp_path):
+    evaluation = ("--eval-dataset", "shapes", "--eval-every", "2", "--eval-limit", "5")
+    train(*TINY, "--steps", "4", "--out", tmp_path, *evaluation)
+    best, last = (read_checkpoint(tmp_path / name) for name in ("best.pt", "last.pt"))
+    assert best["mIoU"] == last["best"] > 0
+    load_model(tmp_path / "best.pt", torch.device("cpu"))
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path):
+    done = train(
+        *(*TINY, "--steps", "4", "--checkpoint-every", "1", "--out", tmp_path),
+        *("--mask-bias", "nan"),
+        code=2,
+    )
+    assert "step 0: total, " in done.stderr and "not finite" in done.stderr
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_an_update_that_is_not_finite_is_left_out():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    scaler = make_scaler(torch.device("cpu"), scaled=False)
+    for factor, moved in ((float("nan"), False), (1.0, True), (float("inf"), False)):
+        before = weight.detach().clone()
+        optimizer.zero_grad()
+        scaler.scale((weight * factor).sum()).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_([weight], 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(weight, before) != moved
 
 
 def test_real_pairs(tmp_path):
