@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from config import UserError
 
@@ -216,7 +217,7 @@ def template_embedding(
     """
     device = clip.text_projection.device
     rows = []
-    for name in names:
+    for name in tqdm(names, "class embeddings", delay=2, leave=False):
         texts = tokenize([template.format(name) for template in templates]).to(device)
         rows.append(embed_texts(clip, texts).mean(0))
     return F.normalize(torch.stack(rows), dim=-1, eps=1e-6)

@@ -169,9 +169,8 @@ def parse(description: str, *configs: type, presets: dict[str, dict] | None = No
     if presets and chosen in presets:
         parser.set_defaults(**presets[chosen])
         arguments = vars(parser.parse_args())
-    return tuple(
-        config(**{f.name: arguments[f.name] for f in fields(config)}) for config in configs
-    )
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+    return tuple(config(**{f.name: values[f.name] for f in fields(config)}) for config in configs)
 
 
 class _Parser(argparse.ArgumentParser):
