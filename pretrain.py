@@ -56,7 +56,7 @@ class PretrainConfig:
     word_steps: int = option(1500, "stage 1: word head alone, single-object scenes")
     contrast_steps: int = option(1000, "stage 2: InfoNCE and word head")
     cutmix_steps: int = option(4500, "stage 3: every second step on CutMix pictures, rate to zero")
-    dense: float = option(1.0, "stage 3: weight of the dense features' share (the tokens': 10)")
+    dense: float = option(0.15, "stage 3: weight of the dense features' share (the tokens': 10)")
     lr: float = option(1e-3, "peak learning rate; constant but for warm-up and stage 3")
     weight_decay: float = option(0.05, "AdamW")
     seed: int = option(0, "of weights and batches")

@@ -1,0 +1,29 @@
+"""make demo, shortened."""
+
+import json
+import os
+import subprocess
+import sys
+
+from PIL import Image
+from test_released import ROOT
+
+
+def test_the_demo_writes_what_it_says(tmp_path):
+    arguments = ["--steps", "8", "--scenes", "4", "--rows", "2", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "demo.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert list(figures) == ["MaskCLIP", "MaskCLIP, not refined", "CoDe", "CoDe, not refined"]
+    for name, value in figures.items():
+        assert f"| {name} | {value['mIoU']:.1f} |" in done.stdout
+        assert value["images"] == 4 and value["partial"]
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 700 and sheet.height > 330
+    assert (tmp_path / "last.pt").exists() and (tmp_path / "figures.md").exists()
