@@ -84,6 +84,14 @@ def need(path: Path, root: str, tree: str, source: str) -> Path:
     return path
 
 
+def find(folder: Path, pattern: str, root: str, tree: str) -> list[Path]:
+    """The files of a folder that fit a pattern, in order. Raises UserError if there are none."""
+    found = sorted(folder.glob(pattern))
+    if not found:
+        raise UserError(f"{folder} holds no {pattern}; --root {root} should hold {tree}")
+    return found
+
+
 def listed(split: Path, images: Path, labels: Path) -> list[tuple[Path, Path]]:
     """Image (.jpg) and label (.png) files of the stems in a split file, one a line."""
     stems = split.read_text().split()

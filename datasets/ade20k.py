@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from config import UserError
-from datasets import IGNORED, Benchmark, from_files, lookup, need
+from datasets import IGNORED, Benchmark, find, from_files, lookup, need
 
 TREE = "ade/ADEChallengeData2016/{images/validation/*.jpg,annotations/validation/*.png}"
 SOURCE = "http://sceneparsing.csail.mit.edu (ADEChallengeData2016.zip)"
@@ -36,9 +35,7 @@ def load(root: str) -> Benchmark:
     folder = Path(root) / "ade/ADEChallengeData2016"
     images = need(folder / "images/validation", root, TREE, SOURCE)
     labels = need(folder / "annotations/validation", root, TREE, SOURCE)
-    found = sorted(images.glob("*.jpg"))
-    if not found:
-        raise UserError(f"{images} holds no .jpg image; --root {root} should hold {TREE}")
+    found = find(images, "*.jpg", root, TREE)
     files = [(image, labels / f"{image.stem}.png") for image in found]
     table = lookup([(0, IGNORED), *((i + 1, i) for i in range(150))])
     raw_ids = tuple(range(1, 151))

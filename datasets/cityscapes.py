@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from config import UserError
-from datasets import IGNORED, Benchmark, from_files, lookup, need
+from datasets import IGNORED, Benchmark, find, from_files, lookup, need
 
 TREE = "cityscapes/{leftImg8bit/val/*/*_leftImg8bit.png,gtFine/val/*/*_gtFine_labelIds.png}"
 SOURCE = (
@@ -36,9 +35,7 @@ def load(root: str) -> Benchmark:
     folder = Path(root) / "cityscapes"
     images = need(folder / "leftImg8bit/val", root, TREE, SOURCE)
     labels = need(folder / "gtFine/val", root, TREE, SOURCE)
-    found = sorted(images.glob("*/*_leftImg8bit.png"))
-    if not found:
-        raise UserError(f"{images} holds no */*_leftImg8bit.png; --root {root} should hold {TREE}")
+    found = find(images, "*/*_leftImg8bit.png", root, TREE)
     files = []
     for image in found:
         name = image.name.replace("_leftImg8bit", "_gtFine_labelIds")

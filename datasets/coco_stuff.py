@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from config import UserError
-from datasets import IGNORED, Benchmark, from_files, lookup, need
+from datasets import IGNORED, Benchmark, find, from_files, lookup, need
 
 TREE = "coco_stuff164k/{images/val2017/*.jpg,annotations/val2017/*.png}"
 SOURCE = "https://github.com/nightrome/cocostuff (val2017.zip and stuffthingmaps_trainval2017.zip)"
@@ -53,9 +52,7 @@ def files(root: str) -> list[tuple[Path, Path]]:
     folder = Path(root) / "coco_stuff164k"
     images = need(folder / "images/val2017", root, TREE, SOURCE)
     labels = need(folder / "annotations/val2017", root, TREE, SOURCE)
-    found = sorted(images.glob("*.jpg"))
-    if not found:
-        raise UserError(f"{images} holds no .jpg image; --root {root} should hold {TREE}")
+    found = find(images, "*.jpg", root, TREE)
     return [(image, labels / f"{image.stem}.png") for image in found]
 
 
