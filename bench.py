@@ -275,14 +275,14 @@ def main() -> None:
     torch.manual_seed(0)
     clip = load_clip("ViT-B-16-quickgelu", "none")
     model = CoDe(clip, ModelConfig(clip_weights="none"))
-    ade = [*ade20k.CLASS_NAMES, *coco_stuff.CLASS_NAMES][:171]
+    names_171 = [*ade20k.CLASS_NAMES, *coco_stuff.CLASS_NAMES][:171]
     pieces = {
         "refinement": lambda: refinement(config.repeats),
         "upsampling": lambda: upsampling_block(config.repeats),
         "text": lambda: text_tower(clip, config.repeats),
         "bare": lambda: bare_forward(clip, config.repeats),
         "window20": lambda: window(model, voc.CLASS_NAMES[1:], config.repeats),
-        "window171": lambda: window(model, ade, config.repeats),
+        "window171": lambda: window(model, names_171, config.repeats),
         "step": lambda: training_step(model, config.repeats),
         "loader": lambda: loader(config.repeats),
     }

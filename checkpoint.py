@@ -69,7 +69,10 @@ def load_model(path: str | Path, device: torch.device) -> CoDe:
     content = read_checkpoint(path)
     if is_released(content["model"]):
         return rebuild_released(content["model"], path).to(device).eval()
-    config = ModelConfig(**content["model_config"])
+    try:
+        config = ModelConfig(**content["model_config"])
+    except TypeError as error:  # a field that this version does not have
+        raise UserError(f"{path} is of another version of this program ({error})") from None
     model = CoDe(load_clip(config.clip, config.clip_weights), config)
     load_learned(model, content["model"], path)
     return model.to(device).eval()
@@ -93,6 +96,7 @@ def save_run(
     step: int,
     best: float,
     places: Places,
+    turn: int,
     config: TrainConfig,
     loss_config: LossConfig,
 ) -> None:
@@ -103,7 +107,10 @@ def save_run(
     if process_count() > 1:
         parts: list = [None] * process_count()
         dist.all_gather_object(parts, places)
-        places = {reader: place for part in parts for reader, place in part.items()}
+        places = {}
+        for part in parts:  # others' places are known from the last resume only: the latest counts
+            for reader, place in part.items():
+                places[reader] = max(places.get(reader, place), place)
     if process_rank() == 0:
         content = model_content(model) | {
             "optimizer": optimizer.state_dict(),
@@ -111,6 +118,7 @@ def save_run(
             "step": step,
             "best": best,
             "places": places,
+            "turn": turn,
             "processes": process_count(),
             "train_config": asdict(config),
             "loss_config": asdict(loss_config),
@@ -148,6 +156,6 @@ def places_to_go_on(content: dict[str, Any], workers: int) -> tuple[Places, int]
     readers, places = process_count() * max(1, workers), content["places"]
     before = content["processes"] * max(1, content["train_config"]["workers"])
     if readers == before:
-        return places, content["step"] % max(1, workers)
+        return places, content["turn"]
     latest = max((pass_ for pass_, _ in places.values()), default=-1)
     return {reader: (latest + 1, 0) for reader in range(readers)}, 0

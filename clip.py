@@ -91,12 +91,14 @@ def _load_open_clip(name: str, weights: str) -> nn.Module:
     except Exception as error:  # downloads fail in many ways; so do files of another model
         if weights in tags:
             source = open_clip.get_pretrained_cfg(name, weights)
-            where = source.get("url") or f"https://huggingface.co/{source['hf_hub'].rstrip('/')}"
+            where = source.get("url")  # OpenAI's own are TorchScript; the hub has plain tensors
+            if hub := source.get("hf_hub"):
+                where = f"open_clip_model.safetensors of https://huggingface.co/{hub.rstrip('/')}"
             raise UserError(
                 f"the weights {weights!r} of {name} could not be downloaded; fetch {where} by "
                 "hand, put the file anywhere and name it with --clip-weights FILE"
             ) from error
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"--clip-weights {weights}: not weights of {name} ({reason})") from error
 
 
@@ -162,13 +164,13 @@ def image_embedding(clip: open_clip.CLIP, images: Tensor) -> Tensor:
 # --- the text tower -------------------------------------------------------------------------------
 
 
-def tokenize(texts: Sequence[str], context_length: int = 77) -> Tensor:
+def tokenize(texts: Sequence[str]) -> Tensor:
     """BPE token ids [SOS] ... [EOT], zero-padded to the longest text: (B, L) int64.
 
     The text tower is causal and read at EOT, so positions beyond the longest EOT change nothing
     and are never computed. Longer texts than the context are cut, EOT kept.
     """
-    tokens = open_clip.tokenize(list(texts), context_length)
+    tokens = open_clip.tokenize(list(texts))
     return tokens[:, : int(end_of_text(tokens).max()) + 1]
 
 

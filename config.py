@@ -17,9 +17,9 @@ class UserError(Exception):
     """A mistake that the user can mend: the message says what, where, and what to do."""
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with its line of --help."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
+    """A dataclass field with its line of --help and, for numbers, the range that makes sense."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
 @dataclass
@@ -33,9 +33,11 @@ class ModelConfig:
     context_init: str = option(
         "A photo of" + " x" * 13, "text whose tokens start the learned context"
     )
-    upsampling_blocks: int = option(2, "image segmenter: blocks that double the mask grid")
-    convs_per_block: int = option(1, "residual convolutions per block (TCL's own release: 2)")
-    text_layers: int = option(2, "text segmenter: learned residual attention blocks")
+    upsampling_blocks: int = option(2, "image segmenter: blocks that double the mask grid", low=0)
+    convs_per_block: int = option(
+        1, "residual convolutions per block (TCL's own release: 2)", low=1
+    )
+    text_layers: int = option(2, "text segmenter: learned residual attention blocks", low=0)
     mask_scale: float = option(10.0, "start of w in the soft mask sigmoid(w s + b)")
     mask_bias: float = option(-2.5, "start of b in the soft mask sigmoid(w s + b)")
     word_scale: float = option(10.0, "start of w in Eq. 3.2")
@@ -82,26 +84,36 @@ class TrainConfig:
         "webdataset shards of pairs; braces and globs",
     )
     out: str = option("out/train", "folder for the checkpoint, the configuration and the log")
-    steps: int = option(50_000, "optimizer steps")
-    batch_size: int = option(64, "image-text pairs in a step, over all processes")
-    nouns: int = option(2, "J, nouns drawn per pair")
-    lr: float = option(5e-6, "peak learning rate")
-    final_lr: float = option(0.125, "learning rate at the end, as a share of the peak")
-    warmup: float = option(0.3, "share of the steps with linear warm-up")
-    unfreeze: float = option(0.6, "share of the steps before the last visual block's copy trains")
-    weight_decay: float = option(0.05, "AdamW; none on biases, LayerNorms, prompts and scalars")
-    max_grad_norm: float = option(5.0, "gradient clipping")
-    min_crop: float = option(0.9, "least share of the picture that a random crop keeps")
-    seed: int = option(0, "everything random follows from it")
+    steps: int = option(50_000, "optimizer steps", low=1)
+    batch_size: int = option(64, "image-text pairs in a step, over all processes", low=2)
+    nouns: int = option(2, "J, nouns drawn per pair", low=1)
+    lr: float = option(5e-6, "peak learning rate", low=0)
+    final_lr: float = option(
+        0.125, "learning rate at the end, as a share of the peak", low=0, high=1
+    )
+    warmup: float = option(0.3, "share of the steps with linear warm-up", low=0, high=1)
+    unfreeze: float = option(
+        0.6, "share of the steps before the last visual block's copy trains", low=0, high=1
+    )
+    weight_decay: float = option(
+        0.05, "AdamW; none on biases, LayerNorms, prompts and scalars", low=0
+    )
+    max_grad_norm: float = option(5.0, "gradient clipping", low=1e-9)
+    min_crop: float = option(
+        0.9, "least share of the picture that a random crop keeps", low=0.01, high=1
+    )
+    seed: int = option(0, "everything random follows from it", low=0)
     device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
-    workers: int = option(2, "data loading processes per training process; 0 loads in the main one")
-    log_every: int = option(10, "steps between two lines of log.jsonl")
-    checkpoint_every: int = option(1000, "steps between two checkpoints")
+    workers: int = option(
+        2, "data loading processes per training process; 0 loads in the main one", low=0
+    )
+    log_every: int = option(10, "steps between two lines of log.jsonl", low=1)
+    checkpoint_every: int = option(1000, "steps between two checkpoints", low=1)
     resume: bool = option(False, "go on from last.pt in --out")
     eval_dataset: str | None = option(None, "benchmark to evaluate on; the best goes to best.pt")
     eval_root: str = option("data", "folder with the raw benchmark folders")
-    eval_every: int = option(5000, "steps between two evaluations (at a checkpoint)")
-    eval_limit: int | None = option(None, "evaluate on the first N images only")
+    eval_every: int = option(5000, "steps between two evaluations (at a checkpoint)", low=1)
+    eval_limit: int | None = option(None, "evaluate on the first N images only", low=1)
     tensorboard: bool = option(False, "write TensorBoard files into --out too")
     compile: bool = option(False, "compile the model with torch.compile")
 
@@ -119,23 +131,25 @@ class EvalConfig:
     device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
     json: str | None = option(None, "file to write the figures to")
     save_predictions: str | None = option(None, "folder for label maps as indexed PNGs, raw ids")
-    show: int = option(0, "write N pictures: image, ground truth, prediction, legend")
+    show: int = option(0, "write N pictures: image, ground truth, prediction, legend", low=0)
     show_dir: str = option("out/show", "folder for the pictures of --show")
-    limit: int | None = option(None, "evaluate the first N images only; the figures are partial")
+    limit: int | None = option(
+        None, "evaluate the first N images only; the figures are partial", low=1
+    )
     pamr: bool = option(True, "refine the masks with PAMR")
-    pamr_iterations: int = option(10, "steps of PAMR")
+    pamr_iterations: int = option(10, "steps of PAMR", low=0)
     pamr_dilations: tuple[int, ...] = option((1, 2, 4, 8, 12, 24), "distances of PAMR's neighbours")
     background_threshold: float | None = option(None, "default: 0.4 with PAMR, 0.5 without")
-    prior_weight: float = option(0.3, "share of the prior branch in the masks")
+    prior_weight: float = option(0.3, "share of the prior branch in the masks", low=0, high=1)
     prior_scale: float = option(10.0, "prior branch: w in sigmoid(w (s - b))")
     prior_bias: float = option(0.25, "prior branch: b in sigmoid(w (s - b))")
-    short_side: int = option(448, "images are resized to this short side")
-    long_side: int = option(2048, "or to this long side if it would be longer")
-    window: int = option(448, "side of a sliding window")
-    stride: int = option(224, "distance of two windows")
+    short_side: int = option(448, "images are resized to this short side", low=1)
+    long_side: int = option(2048, "or to this long side if it would be longer", low=1)
+    window: int = option(448, "side of a sliding window", low=1)
+    stride: int = option(224, "distance of two windows", low=1)
 
 
-# Section 11 of the protocol: templates of the prior branch's class embeddings.
+# TCL's templates for the prior branch's class embeddings (section 4.1).
 PRIOR_TEMPLATES = (
     "itap of a {}.",
     "a bad photo of a {}.",
@@ -170,6 +184,13 @@ def parse(description: str, *configs: type, presets: dict[str, dict] | None = No
         parser.set_defaults(**presets[chosen])
         arguments = vars(parser.parse_args())
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+    for f in (f for config in configs for f in fields(config)):
+        low, high = f.metadata["low"], f.metadata["high"]
+        value, flag = values[f.name], "--" + f.name.replace("_", "-")
+        if value is not None and low is not None and value < low:
+            parser.error(f"{flag} {value}: must be at least {low}")
+        if value is not None and high is not None and value > high:
+            parser.error(f"{flag} {value}: must be at most {high}")
     return tuple(config(**{f.name: values[f.name] for f in fields(config)}) for config in configs)
 
 
@@ -250,6 +271,7 @@ def save_text(text: str, path: str | Path) -> None:
         temporary.write_text(text + "\n")
         os.replace(temporary, path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise UserError(f"{path} could not be written ({error.strerror})") from error
 
 

@@ -62,6 +62,8 @@ def sheet(segmenters: dict[str, Segmenter], benchmark: Benchmark, rows: int) -> 
 def main() -> None:
     (config,) = parse(__doc__, DemoConfig)
     out, start = Path(config.out), time.time()
+    for name in ("last.pt", "log.jsonl"):  # an earlier demonstration's
+        (out / name).unlink(missing_ok=True)
     train = [sys.executable, str(Path(__file__).with_name("train.py")), "--preset", "shapes"]
     train += ["--out", config.out] + (["--steps", str(config.steps)] if config.steps else [])
     if code := subprocess.run(train).returncode:
@@ -86,7 +88,7 @@ def main() -> None:
     table += [f"| {n} | {f['mIoU']:.1f} | {f['pixel_accuracy']:.1f} |" for n, f in figures.items()]
     save_text("\n".join(table), out / "figures.md")
     save_text(json.dumps(figures, indent=1), out / "figures.json")
-    print(f"\n{config.scenes} held-out scenes, mIoU with background in percent:\n")
+    print(f"\n{figures['CoDe']['images']} held-out scenes, mIoU with background in percent:\n")
     print("\n".join(table))
     print(f"\ntrained in {trained:.0f} s, everything in {time.time() - start:.0f} s")
     print(f"the picture: {out / 'sheet.png'}; the figures: {out / 'figures.md'}")

@@ -306,6 +306,12 @@ def load_method(config: EvalConfig, device: torch.device) -> tuple[open_clip.CLI
 
 def main() -> None:
     (config,) = parse(__doc__, EvalConfig, presets=EVAL_PRESETS)
+    if config.stride > config.window:
+        raise UserError(
+            f"--stride {config.stride}: beyond --window {config.window}, gaps would stay"
+        )
+    if config.json and (Path(config.json).is_dir() or not Path(config.json).name):
+        raise UserError(f"--json {config.json}: a folder, not a file to write")
     names = THESIS_DATASETS if config.dataset == "all" else [config.dataset]
     benchmarks = [load_benchmark(name, config.root) for name in names]
     device = choose_device(config.device)

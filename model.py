@@ -285,7 +285,8 @@ class CoDe(nn.Module):
         repeated = images.expand(nouns_per_pair, *images.shape).flatten(0, 1)
         e_v = image_embedding(clip, highlight_image(repeated, mask, self.region_prompt))
 
-        result = Decomposition(n.flatten(0, 1), n_knowledge, x_v, logits.sigmoid(), e_v)
+        masks = logits.sigmoid().to(x_v.dtype)  # autocast keeps logits in half, x_v in full
+        result = Decomposition(n.flatten(0, 1), n_knowledge, x_v, masks, e_v)
         if not self.decomposes_text:
             result.e_t = n.flatten(0, 1) if self.config.co_decomposition else None
             return result

@@ -43,7 +43,7 @@ class Folder:
                 f"--pairs {root}: no such folder (pictures with same-named .txt captions)"
             )
         found = sorted(p for p in Path(root).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        self.paths = [path for path in found if path.with_suffix(".txt").exists()]
+        self.paths = [path for path in found if path.with_suffix(".txt").is_file()]
         if not self.paths:
             raise UserError(
                 f"--pairs {root}: none of its {len(found)} pictures (.jpg, .png, .webp) has a "
@@ -55,7 +55,11 @@ class Folder:
         return (self.paths[i] for i in shuffled[reader::readers])
 
     def read(self, item: Path, rng: np.random.Generator) -> tuple[Image.Image, str]:
-        return read_image(item), read_caption(item.with_suffix(".txt").read_bytes())
+        try:
+            caption = item.with_suffix(".txt").read_bytes()
+        except OSError:
+            raise BadSample("unreadable file") from None
+        return read_image(item), read_caption(caption)
 
 
 class ShapesWorld:
@@ -85,6 +89,7 @@ class Shards:
         expanded = [path for pattern in patterns for path in expand_braces(pattern)]
         found = [sorted(glob.glob(path)) if glob.has_magic(path) else [path] for path in expanded]
         self.paths = [path for group in found for path in group if Path(path).is_file()]
+        self.missing = sum(len(group) for group in found) - len(self.paths)
         if not self.paths:
             raise UserError(
                 f"no shard of CC3M + CC12M found (looked for --shards {' '.join(patterns)}); "
@@ -109,11 +114,15 @@ class Shards:
             yield _pop(buffer, rng)
 
     def read(self, item: "ShardItem", rng: np.random.Generator) -> tuple[Image.Image, str]:
-        with open(item.path, "rb") as file:
-            file.seek(item.caption[0])
-            caption = read_caption(file.read(item.caption[1]))
-            file.seek(item.image[0])
-            return read_image(io.BytesIO(file.read(item.image[1]))), caption
+        try:
+            with open(item.path, "rb") as file:
+                file.seek(item.caption[0])
+                caption = file.read(item.caption[1])
+                file.seek(item.image[0])
+                image = file.read(item.image[1])
+        except OSError:
+            raise BadSample("unreadable file") from None
+        return read_image(io.BytesIO(image)), read_caption(caption)
 
 
 @dataclass

@@ -99,7 +99,10 @@ def open_source(config: TrainConfig) -> tuple[Folder | ShapesWorld | Shards, Tag
         return Folder(config.pairs), nltk_tagger()
     if config.preset == "shapes":
         return ShapesWorld(5000), shapes_tagger()
-    return Shards(config.shards), nltk_tagger()
+    shards = Shards(config.shards)
+    if shards.missing and process_rank() == 0:
+        print(f"{len(shards.paths)} shards found, {shards.missing} of the named ones are missing")
+    return shards, nltk_tagger()
 
 
 def check_options(config: TrainConfig, loss_config: LossConfig) -> None:
@@ -112,6 +115,10 @@ def check_options(config: TrainConfig, loss_config: LossConfig) -> None:
         raise UserError(
             f"--batch-size {config.batch_size}: must be at least 2 and a multiple of the "
             f"{process_count()} processes that share it"
+        )
+    if not config.resume and (Path(config.out) / "last.pt").exists():
+        raise UserError(
+            f"{config.out} holds a run: --resume goes on with it, or name another --out"
         )
 
 
@@ -128,7 +135,7 @@ def main() -> None:
     out = Path(config.out)
     content = read_run(out / "last.pt", config, model_config, loss_config) if config.resume else {}
     if config.eval_dataset:
-        load_benchmark(config.eval_dataset, config.eval_root)  # now rather than after an hour
+        load_benchmark(config.eval_dataset, config.eval_root)  # not after an hour
 
     torch.manual_seed(config.seed)
     model = CoDe(load_clip(model_config.clip, model_config.clip_weights), model_config).to(device)
@@ -139,10 +146,9 @@ def main() -> None:
         optimizer.load_state_dict(content["optimizer"])
         step, best = content["step"], content["best"]
         places, turn = places_to_go_on(content, config.workers)
-        if main_process and content["processes"] != process_count():
-            print(
-                f"{content['processes']} processes before, {process_count()} now: next pass of data"
-            )
+        if main_process and places != content["places"]:
+            before, now = content["processes"], process_count()
+            print(f"{before} processes before, {now} now, or other workers: next pass of data")
     stream = PairStream(
         source,
         tagger,
@@ -176,7 +182,8 @@ def main() -> None:
         signal.signal(number, lambda number, frame: stopping.append(number))
 
     unfreeze_step = round(config.unfreeze * config.steps)
-    grid = tuple(4 * side for side in model.clip.visual.grid_size)
+    finer = 2**model_config.upsampling_blocks  # the mask grid against the patch grid
+    grid = tuple(finer * side for side in model.clip.visual.grid_size)
     loader = iter(make_loader(stream, config.workers, pin_memory=on_gpu))
     log = Log(out, config, step) if main_process else None
     learned = [p for name, p in model.named_parameters() if not name.startswith("clip.")]
@@ -203,7 +210,7 @@ def main() -> None:
         if isinstance(batch, UserError):
             raise batch
         reader, *place = batch.position
-        places[reader] = tuple(place)
+        places[reader], turn = tuple(place), (turn + 1) % max(1, config.workers)
         skipped += batch.skipped
         batch = batch.to(device)
 
@@ -232,7 +239,7 @@ def main() -> None:
                 names = [name for name, bad in zip(terms, bad_terms.tolist()) if bad]
                 raise UserError(
                     f"step {bad_step.item()}: {', '.join(names)} not finite; the weights were not "
-                    f"changed by it, {out}/last.pt is the last checkpoint"
+                    f"changed by it; --resume goes on from {out}/last.pt if there is one"
                 )
             if log:
                 log.write(step, model, terms, norm, decomposition, waited, skipped)
@@ -244,7 +251,7 @@ def main() -> None:
                 save_atomically(model_content(model) | {"mIoU": reached}, out / "best.pt")
             best = max(best, reached)
         if due:
-            state = (model, optimizer, scaler, step, best, places)
+            state = (model, optimizer, scaler, step, best, places, turn)
             save_run(out / "last.pt", *state, config, loss_config)
         if stop:
             break
@@ -255,8 +262,8 @@ def main() -> None:
 
 
 def make_scaler(device: torch.device, scaled: bool) -> torch.amp.GradScaler:
-    """Loss scaling for float16. Elsewhere a scale that stays at 1, for what else the scaler does:
-    an update with a gradient that is not finite is left out, without asking the device."""
+    """Loss scaling for float16. Elsewhere a scale that starts at 1 and never grows, for what else
+    the scaler does: an update with a gradient that is not finite is left out."""
     if scaled:
         return torch.amp.GradScaler(device.type)
     return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
@@ -278,7 +285,8 @@ class Log:
         self.path, self.config = out / "log.jsonl", config
         if self.path.exists():  # lines from after the checkpoint that the run goes on from
             lines = self.path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            whole = [line for line in lines if line.endswith("\n")]  # not one cut off by a kill
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
             save_text("".join(kept).rstrip("\n"), self.path) if kept else self.path.unlink()
         self.bar = tqdm(total=config.steps, initial=step, desc="training", file=sys.stderr)
         self.board = None
@@ -329,7 +337,8 @@ def memory_mb(device: torch.device) -> float:
     """Peak memory so far: the GPU's if there is one, otherwise this process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def evaluate_model(model: CoDe, config: TrainConfig, device: torch.device) -> float:

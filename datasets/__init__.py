@@ -94,7 +94,10 @@ def find(folder: Path, pattern: str, root: str, tree: str) -> list[Path]:
 
 def listed(split: Path, images: Path, labels: Path) -> list[tuple[Path, Path]]:
     """Image (.jpg) and label (.png) files of the stems in a split file, one a line."""
-    stems = split.read_text().split()
+    try:
+        stems = split.read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"split {split} cannot be read ({_reason(error)})") from error
     if not stems:
         raise UserError(f"{split} lists no image")
     return [(images / f"{stem}.jpg", labels / f"{stem}.png") for stem in stems]
@@ -138,4 +141,6 @@ def map_label(raw: np.ndarray, table: np.ndarray, image: Path, label: Path) -> n
 
 
 def _reason(error: Exception) -> str:
-    return "no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -31,6 +31,18 @@ def start(*arguments: str) -> subprocess.Popen:
     )
 
 
+def kill_all(marker: str) -> None:
+    """SIGKILL every process whose command line holds a marker: torchrun's agent and its workers,
+    which are in sessions of their own."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        if marker in words:
+            os.kill(int(folder.name), signal.SIGKILL)
+
+
 def command(*arguments: str, processes: int = 1) -> list[str]:
     launcher = [sys.executable]
     if processes > 1:
@@ -151,28 +163,34 @@ def test_two_nodes(tmp_path):
 
 
 def test_two_processes_killed_and_resumed_then_one_goes_on(tmp_path):
-    options = (*TINY, "--steps", "6", "--checkpoint-every", "2", "--workers", "1")
+    options = (*TINY, "--steps", "8", "--checkpoint-every", "2", "--workers", "1")
     train(*options, "--out", tmp_path / "whole", processes=2)
-    killed = subprocess.Popen(
-        command(*options, "--out", tmp_path / "killed", processes=2),
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    while not (tmp_path / "killed/last.pt").exists() and killed.poll() is None:
-        time.sleep(0.02)
-    os.killpg(killed.pid, signal.SIGKILL)  # the agent and both processes
-    killed.wait()
+    out, before = tmp_path / "killed", -1.0
+    for attempt in range(2):  # killed in the run itself, and again after resuming
+        again = ("--resume",) if attempt else ()
+        killed = subprocess.Popen(
+            command(*options, "--out", out, *again, processes=2),
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stderr=subprocess.DEVNULL,
+        )
+        saved_at = before
+        while killed.poll() is None and saved_at == before:
+            time.sleep(0.02)
+            if (out / "last.pt").exists():
+                saved_at = (out / "last.pt").stat().st_mtime
+        before = saved_at
+        kill_all(str(out))
+        killed.wait()
     saved = (tmp_path / "killed/last.pt").read_bytes()
     train(*options, "--out", tmp_path / "killed", "--resume", processes=2)
     assert same_state(tmp_path / "whole", tmp_path / "killed")
 
     (tmp_path / "killed/last.pt").write_bytes(saved)
-    if read_checkpoint(tmp_path / "killed/last.pt")["step"] < 6:
-        done = train(*options, "--out", tmp_path / "killed", "--resume")
+    if read_checkpoint(out / "last.pt")["step"] < 8:
+        done = train(*options, "--out", out, "--resume")
         assert "2 processes before, 1 now" in done.stdout
-        assert read_checkpoint(tmp_path / "killed/last.pt")["step"] == 6
+        assert read_checkpoint(out / "last.pt")["step"] == 8
 
 
 def test_the_best_checkpoint_is_kept(tmp_path):
@@ -251,6 +269,8 @@ def test_learning_rate():
         ((), "--preset shapes needs no data"),
         (("--preset", "shape"), "--preset shape: not one of thesis, shapes"),
         (("--steps", "many"), "invalid int value: 'many'"),
+        (("--nouns", "0"), "--nouns 0: must be at least 1"),
+        (("--warmup", "15000"), "--warmup 15000.0: must be at most 1"),
         (("--stepz", "3"), "unrecognized arguments: --stepz"),
         (("--pairs", "nowhere"), "--pairs nowhere: no such folder"),
         (("--shards", "nowhere/{00..12}.tar"), "nowhere/{00..12}.tar"),
@@ -268,6 +288,12 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, words):
 def test_resuming_another_configuration_names_the_difference(uninterrupted):
     done = train(*TINY, "--steps", "10", "--lr", "0.5", "--out", uninterrupted, "--resume", code=2)
     assert "lr was 0.002, is 0.5" in done.stderr
+
+
+def test_a_run_is_not_overwritten(uninterrupted):
+    done = train(*TINY, "--steps", "10", "--out", uninterrupted, code=2)
+    assert "holds a run: --resume goes on with it" in done.stderr
+    assert len(log(uninterrupted)) == 10
 
 
 def test_help_lists_every_field():
