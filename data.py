@@ -196,8 +196,8 @@ class PairStream(IterableDataset):
                 found = f"{good} usable pairs for a batch of {self.pairs}"
                 causes = f" ({listed(skipped)})" if skipped else ""
                 yield UserError(
-                    f"a whole pass over a reader's share of the data gave {found}{causes}; a smaller "
-                    "--batch-size or fewer --workers need less"
+                    f"a whole pass over a reader's share of the data gave {found}{causes}; "
+                    "a smaller --batch-size or fewer --workers need less"
                 )
             pass_, place = pass_ + 1, 0
 
