@@ -298,7 +298,7 @@ TRAIN_PRESETS = {
         area=2.0,
         area_others=10.0,
         area_prior=0.3,
-        workers=0,
+        workers=1,
     ),
 }
 EVAL_PRESETS = {
