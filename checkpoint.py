@@ -10,26 +10,25 @@ import torch
 import torch.distributed as dist
 
 from clip import load_clip
-from config import LossConfig, ModelConfig, TrainConfig, UserError, process_count, process_rank
+from config import (
+    LossConfig,
+    ModelConfig,
+    TrainConfig,
+    UserError,
+    process_count,
+    process_rank,
+    whole_file,
+)
 from model import CoDe
 from released import is_released, load_exactly, read_tensors, rebuild_released
 
 
 def save_atomically(content: dict[str, Any], path: str | Path) -> None:
-    """torch.save to a temporary name beside `path`, then rename: never a half-written file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} could not be written ({error.strerror})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    """torch.save by way of a temporary name, on the disk before it is renamed. Raises UserError."""
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def model_content(model: CoDe) -> dict[str, Any]:

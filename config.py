@@ -1,10 +1,11 @@
 """Plain dataclasses shared by the scripts, their presets, and how they become a command line."""
 
 import argparse
+import contextlib
 import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -262,17 +263,28 @@ def process_count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def save_text(text: str, path: str | Path) -> None:
-    """Write a text file by way of a temporary name. Raises UserError."""
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A temporary name to write to, renamed to `path` at the end: never a half-written file.
+
+    Whatever goes wrong, the previous file stays and the temporary one goes. Raises UserError.
+    """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text + "\n")
+        yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{path} could not be written ({error.strerror})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_text(text: str, path: str | Path) -> None:
+    """Write a text file with a newline at its end. Raises UserError."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text + "\n")
 
 
 # The six of the thesis's table 4.1, in its order; TCL's two variants without background; our own.

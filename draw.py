@@ -1,14 +1,13 @@
 """Pictures of what the model does: overlays, legends, coloured captions, contact sheets."""
 
 import colorsys
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from config import UserError
+from config import whole_file
 
 INK, PAPER = (32, 33, 36), (255, 255, 255)
 Colour = tuple[int, int, int]
@@ -113,14 +112,9 @@ def contact_sheet(
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Write a PNG by way of a temporary name. Raises UserError."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a PNG. Raises UserError."""
+    with whole_file(path) as temporary:
         image.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} could not be written ({error.strerror})") from error
 
 
 def beside(*pictures: Image.Image) -> Image.Image:

@@ -111,10 +111,10 @@ def check_options(config: TrainConfig, loss_config: LossConfig) -> None:
         raise UserError(f"--preset {config.preset}: not one of {', '.join(TRAIN_PRESETS)}")
     if loss_config.pseudo_labels not in ("thesis", "release"):
         raise UserError(f"--pseudo-labels {loss_config.pseudo_labels}: 'thesis' or 'release'")
-    if config.batch_size % process_count() or config.batch_size < 2:
+    if config.batch_size % process_count():
         raise UserError(
-            f"--batch-size {config.batch_size}: must be at least 2 and a multiple of the "
-            f"{process_count()} processes that share it"
+            f"--batch-size {config.batch_size}: must be a multiple of the {process_count()} "
+            "processes that share it"
         )
     if not config.resume and (Path(config.out) / "last.pt").exists():
         raise UserError(
