@@ -31,7 +31,7 @@ from tqdm import tqdm
 import evaluate as evaluation
 import model as method
 from clip import embed_texts, load_clip, tokenize, visual_hidden
-from config import EvalConfig, LossConfig, ModelConfig, option, parse, run, save_text
+from config import LossConfig, MaskConfig, ModelConfig, option, parse, run, save_text
 from data import PairStream, collate, make_loader, nltk_tagger
 from datasets import ade20k, coco_stuff, voc
 from losses import code_losses
@@ -185,7 +185,7 @@ def bare_forward(clip: open_clip.CLIP, repeats: int) -> dict:
 
 def window(model: CoDe, names: Sequence[str], repeats: int) -> dict:
     """One 448-pixel picture to its label map; the plain form has a tower for each branch."""
-    segmenter = evaluation.Segmenter(model.clip, model, names, EvalConfig())
+    segmenter = evaluation.Segmenter(model.clip, model, names, MaskConfig())
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (448, 448, 3), np.uint8))
     cpu = torch.device("cpu")
 

@@ -120,27 +120,21 @@ class TrainConfig:
 
 
 @dataclass
-class EvalConfig:
-    """How it is evaluated (section 4.1). The constants are those of the released programs."""
+class MaskConfig:
+    """How masks of given words are made (section 4.1); the constants are the released programs'."""
 
-    dataset: str = option("shapes", "a benchmark, or 'all' for the six of the thesis's table 4.1")
-    root: str = option("data", "folder with the raw benchmark folders")
     checkpoint: str | None = option(None, "trained model (not needed by --method maskclip)")
     method: str = option("code", "'code', or 'maskclip' for the training-free prior branch alone")
     clip: str = option("ViT-B-16-quickgelu", "CLIP of --method maskclip without a checkpoint")
     clip_weights: str = option("openai", "its weights: open_clip tag, local file or 'none'")
     device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
-    json: str | None = option(None, "file to write the figures to")
-    save_predictions: str | None = option(None, "folder for label maps as indexed PNGs, raw ids")
-    show: int = option(0, "write N pictures: image, ground truth, prediction, legend", low=0)
-    show_dir: str = option("out/show", "folder for the pictures of --show")
-    limit: int | None = option(
-        None, "evaluate the first N images only; the figures are partial", low=1
+    background: float | None = option(
+        None,
+        "threshold below which a pixel is background; default: 0.4, without PAMR 0.5",
     )
     pamr: bool = option(True, "refine the masks with PAMR")
     pamr_iterations: int = option(10, "steps of PAMR", low=0)
     pamr_dilations: tuple[int, ...] = option((1, 2, 4, 8, 12, 24), "distances of PAMR's neighbours")
-    background_threshold: float | None = option(None, "default: 0.4 with PAMR, 0.5 without")
     prior_weight: float = option(0.3, "share of the prior branch in the masks", low=0, high=1)
     prior_scale: float = option(10.0, "prior branch: w in sigmoid(w (s - b))")
     prior_bias: float = option(0.25, "prior branch: b in sigmoid(w (s - b))")
@@ -148,6 +142,21 @@ class EvalConfig:
     long_side: int = option(2048, "or to this long side if it would be longer", low=1)
     window: int = option(448, "side of a sliding window", low=1)
     stride: int = option(224, "distance of two windows", low=1)
+
+
+@dataclass
+class EvalConfig:
+    """What is evaluated, and what is written."""
+
+    dataset: str = option("shapes", "a benchmark, or 'all' for the six of the thesis's table 4.1")
+    root: str = option("data", "folder with the raw benchmark folders")
+    json: str | None = option(None, "file to write the figures to")
+    save_predictions: str | None = option(None, "folder for label maps as indexed PNGs, raw ids")
+    show: int = option(0, "write N pictures: image, ground truth, prediction, legend", low=0)
+    show_dir: str = option("out/show", "folder for the pictures of --show")
+    limit: int | None = option(
+        None, "evaluate the first N images only; the figures are partial", low=1
+    )
 
 
 # TCL's templates for the prior branch's class embeddings (section 4.1).
@@ -313,7 +322,7 @@ TRAIN_PRESETS = {
         workers=1,
     ),
 }
-EVAL_PRESETS = {
+MASK_PRESETS = {
     "shapes": dict(
         clip="shapes",
         short_side=64,

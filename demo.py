@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from config import EVAL_PRESETS, EvalConfig, UserError, option, parse, run, save_text
+from config import MASK_PRESETS, EvalConfig, MaskConfig, UserError, option, parse, run, save_text
 from data import select_nouns, shapes_tagger
 from datasets import Benchmark, shapes
 from draw import below, coloured_text, contact_sheet, legend, overlay, palette, save_png
-from evaluate import Segmenter, evaluate, load_benchmark, load_method, make_segmenter
+from evaluate import Segmenter, evaluate, load_method, make_segmenter
 
 
 @dataclass
@@ -70,16 +70,16 @@ def main() -> None:
         raise UserError(f"training ended with exit code {code}")
     trained = time.time() - start
 
-    base = EvalConfig(**EVAL_PRESETS["shapes"], checkpoint=str(out / "last.pt"))
-    benchmark = load_benchmark("shapes", base.root)
+    base = MaskConfig(**MASK_PRESETS["shapes"], checkpoint=str(out / "last.pt"))
+    benchmark = shapes.load("", count=config.scenes)
     segmenters, figures = {}, {}
     for title, method in (("MaskCLIP", "maskclip"), ("CoDe", "code")):
         for pamr in (True, False):
-            settings = replace(base, method=method, pamr=pamr, limit=config.scenes)
+            settings = replace(base, method=method, pamr=pamr)
             clip, model = load_method(settings, torch.device("cpu"))
             segmenter = make_segmenter(clip, model, benchmark, settings)
             name = title if pamr else f"{title}, not refined"
-            figures[name] = evaluate(segmenter, benchmark, torch.device("cpu"))
+            figures[name] = evaluate(segmenter, benchmark, EvalConfig(), torch.device("cpu"))
             if pamr:
                 segmenters[title] = segmenter
     save_png(sheet(segmenters, benchmark, config.rows), out / "sheet.png")

@@ -34,10 +34,11 @@ from clip import (
 )
 from config import (
     DATASETS,
-    EVAL_PRESETS,
+    MASK_PRESETS,
     PRIOR_TEMPLATES,
     THESIS_DATASETS,
     EvalConfig,
+    MaskConfig,
     UserError,
     choose_device,
     parse,
@@ -61,7 +62,7 @@ class Segmenter:
     """
 
     def __init__(
-        self, clip: open_clip.CLIP, model: CoDe | None, names: Sequence[str], config: EvalConfig
+        self, clip: open_clip.CLIP, model: CoDe | None, names: Sequence[str], config: MaskConfig
     ):
         self.clip, self.model, self.config = clip, model, config
         self.patch = clip.visual.patch_size[0]
@@ -136,10 +137,10 @@ class Segmenter:
         return torch.where(best > threshold, index + 1, 0)
 
 
-def background_threshold(config: EvalConfig) -> float:
+def background_threshold(config: MaskConfig) -> float:
     """The given threshold, or TCL's: 0.4 on refined masks, 0.5 on unrefined ones."""
-    if config.background_threshold is not None:
-        return config.background_threshold
+    if config.background is not None:
+        return config.background
     return 0.4 if config.pamr else 0.5
 
 
@@ -188,23 +189,25 @@ def load_benchmark(name: str, root: str) -> Benchmark:
 
 
 def make_segmenter(
-    clip: open_clip.CLIP, model: CoDe | None, benchmark: Benchmark, config: EvalConfig
+    clip: open_clip.CLIP, model: CoDe | None, benchmark: Benchmark, config: MaskConfig
 ) -> Segmenter:
     """A segmenter of the benchmark's classes; "background" is no word to look for."""
     return Segmenter(clip, model, benchmark.class_names[int(benchmark.background) :], config)
 
 
-def evaluate(segmenter: Segmenter, benchmark: Benchmark, device: torch.device) -> dict:
+def evaluate(
+    segmenter: Segmenter, benchmark: Benchmark, config: EvalConfig, device: torch.device
+) -> dict:
     """Figures of a benchmark: mIoU, IoU by class and pixel accuracy, in percent.
 
     Started by torchrun, every process takes its share of the images, and all get the same figures.
     """
-    config, images = segmenter.config, len(benchmark.stems)
+    masks, images = segmenter.config, len(benchmark.stems)
     count = images if config.limit is None else min(config.limit, images)
     rank = process_rank()
     iou = IoU(len(benchmark.class_names))
     mine = range(rank, count, process_count())
-    bar = tqdm(mine, f"{benchmark.name} ({config.method})", disable=rank > 0, file=sys.stderr)
+    bar = tqdm(mine, f"{benchmark.name} ({masks.method})", disable=rank > 0, file=sys.stderr)
     for i in bar:
         image, label = benchmark.image(i), benchmark.label(i)
         predicted = segmenter.label_map(image, device, benchmark.background).cpu().numpy()
@@ -235,7 +238,7 @@ def evaluate(segmenter: Segmenter, benchmark: Benchmark, device: torch.device) -
         "mIoU": iou.mean(),
         "pixel_accuracy": iou.pixel_accuracy(),
         "IoU": per_class,
-        "settings": asdict(config) | {"background_threshold": background_threshold(config)},
+        "settings": asdict(masks) | {"background": background_threshold(masks)},
     }
 
 
@@ -292,8 +295,12 @@ def table_4_1(results: list[dict], method: str) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def load_method(config: EvalConfig, device: torch.device) -> tuple[open_clip.CLIP, CoDe | None]:
+def load_method(config: MaskConfig, device: torch.device) -> tuple[open_clip.CLIP, CoDe | None]:
     """The CLIP and the model (None for MaskCLIP) that an evaluation asks for."""
+    if config.stride > config.window:
+        raise UserError(
+            f"--stride {config.stride}: beyond --window {config.window}, gaps would stay"
+        )
     if config.method not in ("code", "maskclip"):
         raise UserError(f"--method {config.method}: 'code' or 'maskclip'")
     if config.checkpoint is None:
@@ -305,27 +312,24 @@ def load_method(config: EvalConfig, device: torch.device) -> tuple[open_clip.CLI
 
 
 def main() -> None:
-    (config,) = parse(__doc__, EvalConfig, presets=EVAL_PRESETS)
-    if config.stride > config.window:
-        raise UserError(
-            f"--stride {config.stride}: beyond --window {config.window}, gaps would stay"
-        )
+    config, masks = parse(__doc__, EvalConfig, MaskConfig, presets=MASK_PRESETS)
     if config.json and (Path(config.json).is_dir() or not Path(config.json).name):
         raise UserError(f"--json {config.json}: a folder, not a file to write")
     names = THESIS_DATASETS if config.dataset == "all" else [config.dataset]
     benchmarks = [load_benchmark(name, config.root) for name in names]
-    device = choose_device(config.device)
+    device = choose_device(masks.device)
     start_processes(device)
-    clip, model = load_method(config, device)
+    clip, model = load_method(masks, device)
     results = []
     for benchmark in benchmarks:
-        results.append(evaluate(make_segmenter(clip, model, benchmark, config), benchmark, device))
+        segmenter = make_segmenter(clip, model, benchmark, masks)
+        results.append(evaluate(segmenter, benchmark, config, device))
         if process_rank() == 0:
             print_table(results[-1])
     if process_rank() == 0:
         content = results[0]
         if config.dataset == "all":
-            print(table_4_1(results, config.method))
+            print(table_4_1(results, masks.method))
             average = float(np.mean([result["mIoU"] for result in results]))
             partial = any(result["partial"] for result in results)
             content = {"average": average, "partial": partial, "datasets": results}

@@ -32,10 +32,11 @@ from checkpoint import (
 )
 from clip import load_clip
 from config import (
-    EVAL_PRESETS,
+    MASK_PRESETS,
     TRAIN_PRESETS,
     EvalConfig,
     LossConfig,
+    MaskConfig,
     ModelConfig,
     TrainConfig,
     UserError,
@@ -343,11 +344,12 @@ def memory_mb(device: torch.device) -> float:
 
 def evaluate_model(model: CoDe, config: TrainConfig, device: torch.device) -> float:
     """mIoU on --eval-dataset, the images being shared by all processes."""
-    changes = EVAL_PRESETS.get(config.eval_dataset, {}) | {"dataset": config.eval_dataset}
-    settings = EvalConfig(**changes | {"limit": config.eval_limit})
+    masks = MaskConfig(**MASK_PRESETS.get(config.eval_dataset, {}))
+    settings = EvalConfig(config.eval_dataset, limit=config.eval_limit)
     benchmark = load_benchmark(config.eval_dataset, config.eval_root)
     model.eval()
-    figures = evaluate(make_segmenter(model.clip, model, benchmark, settings), benchmark, device)
+    segmenter = make_segmenter(model.clip, model, benchmark, masks)
+    figures = evaluate(segmenter, benchmark, settings, device)
     model.train()
     return figures["mIoU"]
 

@@ -9,6 +9,7 @@ from config import (
     TRAIN_PRESETS,
     EvalConfig,
     LossConfig,
+    MaskConfig,
     ModelConfig,
     TrainConfig,
     UserError,
@@ -54,7 +55,7 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, monkeypatch, capsys):
 
 def test_every_field_has_an_explanation_and_presets_name_fields():
     names = set()
-    for config in (TrainConfig, ModelConfig, LossConfig, EvalConfig):
+    for config in (TrainConfig, ModelConfig, LossConfig, EvalConfig, MaskConfig):
         for f in fields(config):
             assert f.metadata["help"]
     for config in (TrainConfig, ModelConfig, LossConfig):

@@ -12,7 +12,7 @@ import torch
 from conftest import random_clip, random_model
 from PIL import Image
 
-from config import DATASETS, EvalConfig, UserError
+from config import DATASETS, MaskConfig, UserError
 from datasets import (
     IGNORED,
     ade20k,
@@ -71,7 +71,7 @@ def test_windows(side, starts):
 
 def test_overlapping_windows_are_averaged():
     """With masks that depend on the position in the window only, the mean is known."""
-    config = EvalConfig(short_side=8, window=8, stride=4)
+    config = MaskConfig(short_side=8, window=8, stride=4)
     segmenter = Segmenter(random_clip(), None, ["kite"], config)
     ramp = torch.arange(8.0).expand(1, 1, 8, 8)
     segmenter.masks = lambda images: ramp
@@ -81,7 +81,7 @@ def test_overlapping_windows_are_averaged():
 
 
 def test_odd_sizes_are_padded_and_cut_back():
-    segmenter = Segmenter(random_clip(), random_model(), ["kite", "bug"], EvalConfig(pamr=False))
+    segmenter = Segmenter(random_clip(), random_model(), ["kite", "bug"], MaskConfig(pamr=False))
     image = torch.randn(1, 3, 35, 30)
     masks = segmenter.masks(image)
     assert masks.shape == (1, 2, 35, 30)
@@ -91,7 +91,7 @@ def test_odd_sizes_are_padded_and_cut_back():
 
 
 def test_background_is_a_plane_in_front_of_the_classes():
-    segmenter = Segmenter(random_clip(), None, ["a", "b"], EvalConfig(background_threshold=0.4))
+    segmenter = Segmenter(random_clip(), None, ["a", "b"], MaskConfig(background=0.4))
     planes = torch.tensor([[[0.3, 0.6, 0.4]], [[0.2, 0.5, 0.9]]])
     segmenter.planes = lambda image, device: planes
     assert segmenter.label_map(None, None, True).tolist() == [[0, 1, 2]]
@@ -314,7 +314,7 @@ def test_maskclip_on_the_shapes_world(tmp_path):
     assert "partial" in done.stdout
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["partial"] and figures["images"] == 12
-    assert figures["settings"]["pamr"] and figures["settings"]["background_threshold"] == 0.4
+    assert figures["settings"]["pamr"] and figures["settings"]["background"] == 0.4
     assert len(list((tmp_path / "show").glob("*.png"))) == 2
     maps = sorted((tmp_path / "maps").glob("*.png"))
     assert len(maps) == 12

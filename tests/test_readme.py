@@ -5,7 +5,7 @@ from dataclasses import fields
 
 from test_released import ROOT
 
-from config import DATASETS, EvalConfig, LossConfig, ModelConfig, TrainConfig
+from config import DATASETS, EvalConfig, LossConfig, MaskConfig, ModelConfig, TrainConfig
 
 README = (ROOT / "README.md").read_text()
 
@@ -13,7 +13,7 @@ README = (ROOT / "README.md").read_text()
 def test_every_option_exists():
     known = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}
     known |= {"--help"}
-    for config in (TrainConfig, ModelConfig, LossConfig, EvalConfig):
+    for config in (TrainConfig, ModelConfig, LossConfig, EvalConfig, MaskConfig):
         for f in fields(config):
             name = f.name.replace("_", "-")
             known |= {f"--{name}", f"--no-{name}"}

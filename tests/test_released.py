@@ -13,7 +13,7 @@ import torch
 
 from checkpoint import load_model
 from clip import visual_hidden
-from config import EvalConfig, LossConfig, UserError
+from config import LossConfig, MaskConfig, UserError
 from data import collate
 from evaluate import Segmenter
 from losses import code_losses
@@ -47,7 +47,7 @@ def test_features_and_masks(name):
     facts, model, expected = load(name)
     for prior in (0.0, 0.3):
         for refine in (0, 1):
-            config = EvalConfig(pamr=bool(refine), prior_weight=prior)
+            config = MaskConfig(pamr=bool(refine), prior_weight=prior)
             segmenter = Segmenter(model.clip, model, facts["classes"], config)
             for i in range(len(facts["shapes"])):
                 masks = segmenter.masks(torch.tensor(expected[f"image{i}"]))

@@ -16,7 +16,7 @@ from test_parallel import free_port
 from test_released import ROOT
 
 from checkpoint import load_model, read_checkpoint, save_atomically
-from config import EvalConfig, TrainConfig, UserError
+from config import MaskConfig, TrainConfig, UserError
 from train import learning_rate, make_scaler
 
 TINY = ("--preset", "shapes", "--batch-size", "4", "--log-every", "1", "--warmup", "0.2")
@@ -353,6 +353,6 @@ def test_evaluation_of_a_training_checkpoint(uninterrupted):
     from evaluate import Segmenter
 
     model = load_model(uninterrupted / "last.pt", torch.device("cpu"))
-    segmenter = Segmenter(model.clip, model, ["kite", "ball"], EvalConfig())
+    segmenter = Segmenter(model.clip, model, ["kite", "ball"], MaskConfig())
     assert segmenter.class_embedding.shape == (2, 64)
     assert segmenter.masks(torch.randn(1, 3, 64, 64)).shape == (1, 2, 64, 64)
