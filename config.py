@@ -18,9 +18,19 @@ class UserError(Exception):
     """A mistake that the user can mend: the message says what, where, and what to do."""
 
 
-def option(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
-    """A dataclass field with its line of --help and, for numbers, the range that makes sense."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
+def option(
+    default: Any,
+    help: str,
+    low: float | None = None,
+    high: float | None = None,
+    positional: bool = False,
+) -> Any:
+    """A dataclass field with its line of --help and, for numbers, the range that makes sense.
+
+    positional: what stands on the command line without a --name before it.
+    """
+    metadata = {"help": help, "low": low, "high": high, "positional": positional}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -177,8 +187,9 @@ def parse(description: str, *configs: type, presets: dict[str, dict] | None = No
     """Turn dataclasses into a command line and return their instances.
 
     Every field becomes an option of its name (`batch_size` -> --batch-size) with its explanation
-    in --help; a bool becomes --name / --no-name. `presets` maps values of --preset (or --dataset,
-    whichever of the two exists) to other defaults, which the command line still overrides.
+    in --help; a bool becomes --name / --no-name (no_name: --no-name alone). `presets` maps values
+    of --preset (or --dataset, whichever of the two exists) to other defaults, which the command
+    line still overrides.
     Wrong options and values print one line on stderr and exit with 2.
     """
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -188,11 +199,11 @@ def parse(description: str, *configs: type, presets: dict[str, dict] | None = No
         group = parser.add_argument_group(config.__doc__.splitlines()[0])
         for f in fields(config):
             _add_option(group, f)
-    arguments = vars(parser.parse_args())
+    arguments = vars(parser.parse_intermixed_args())
     chosen = arguments.get(chooser)
     if presets and chosen in presets:
         parser.set_defaults(**presets[chosen])
-        arguments = vars(parser.parse_args())
+        arguments = vars(parser.parse_intermixed_args())
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
     for f in (f for config in configs for f in fields(config)):
         low, high = f.metadata["low"], f.metadata["high"]
@@ -216,8 +227,10 @@ def _add_option(group: argparse._ArgumentGroup, f) -> None:
     shown = "" if default is None else f" [{default}]"
     if get_origin(kind) is types.UnionType:  # "X | None"
         kind = next(t for t in get_args(kind) if t is not type(None))
-    if kind is bool:
-        action = argparse.BooleanOptionalAction
+    if f.metadata["positional"]:
+        group.add_argument(f.name, nargs="*", default=default, help=text)
+    elif kind is bool:
+        action = "store_true" if f.name.startswith("no_") else argparse.BooleanOptionalAction
         group.add_argument(flag, action=action, default=default, help=text + shown)
     elif get_origin(kind) is tuple:
         group.add_argument(

@@ -39,7 +39,7 @@ def caption_picture(caption: str, colours: dict[str, tuple]) -> Image.Image:
         (word, colours.get(word.strip(","), (150, 150, 150)) if word.strip(",") in nouns else None)
         for word in caption.split()
     ]
-    return coloured_text(words, (160, 160), 15)
+    return coloured_text(words, 160, 15, height=160)
 
 
 def sheet(segmenters: dict[str, Segmenter], benchmark: Benchmark, rows: int) -> Image.Image:

@@ -65,31 +65,50 @@ def legend(
 
 
 def coloured_text(
-    words: Sequence[tuple[str, Colour | None]], size: tuple[int, int], letters: int = 14
+    words: Sequence[tuple[str, Colour | None]],
+    width: int,
+    letters: int = 14,
+    height: int = 0,
+    behind: bool = False,
 ) -> Image.Image:
-    """Words set in lines and centred in height; a word with a colour is underlined with it."""
+    """Words set in lines of a width, centred in a height if the lines leave room.
+
+    A word with a colour is underlined with it, or set on a patch of it (`behind`).
+    """
     writing, space = font(letters), font(letters).getlength(" ")
     lines: list[list[tuple[float, str, Colour | None]]] = [[]]
     x = margin = letters / 2
     for word, colour in words:
         length = writing.getlength(word)
-        if x + length > size[0] - margin and lines[-1]:
+        if x + length > width - margin and lines[-1]:
             lines.append([])
             x = margin
         lines[-1].append((x, word, colour))
         x += length + space
-    picture = Image.new("RGB", size, PAPER)
-    pen = ImageDraw.Draw(picture)
     step = round(1.7 * letters)
-    y = max(margin, (size[1] - step * len(lines)) / 2)
+    height = max(height, round(step * len(lines) + margin))
+    picture = Image.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(picture)
+    y = max(margin / 2, (height - step * len(lines)) / 2)
     for line in lines:
         for x, word, colour in line:
-            pen.text((x, y), word, INK, writing)
+            end = x + writing.getlength(word)
             if colour is not None:
-                end = x + writing.getlength(word)
-                pen.rectangle((x, y + 1.25 * letters, end, y + 1.45 * letters), fill=colour)
+                top, bottom = (-0.1, 1.4) if behind else (1.25, 1.45)
+                pen.rectangle((x, y + top * letters, end, y + bottom * letters), fill=colour)
+            ink = PAPER if behind and colour and sum(colour) < 380 else INK
+            pen.text((x, y), word, ink, writing)
         y += step
     return picture
+
+
+def heat(image: Image.Image, scores: np.ndarray) -> Image.Image:
+    """A heat map over the picture in grey: scores (H, W) in [0, 1], from dark blue to yellow."""
+    stops = np.array([(0, 0, 60), (90, 20, 120), (200, 60, 80), (250, 150, 40), (250, 250, 120)])
+    places = np.linspace(0, 1, len(stops))
+    colour = np.stack([np.interp(scores, places, channel) for channel in stops.T], axis=-1)
+    grey = np.asarray(image.convert("L"), np.float32)[..., None]
+    return Image.fromarray((0.3 * grey + 0.7 * colour).astype(np.uint8))
 
 
 def contact_sheet(

@@ -106,11 +106,11 @@ class Segmenter:
         return masks[..., top : top + height, left : left + width]
 
     def planes(self, image: Image.Image, device: torch.device) -> Tensor:
-        """Masks of a whole picture by sliding windows, at its own size: RGB -> (N, H, W)."""
+        """Masks of a whole RGB picture by sliding windows, at the size these see: (N, h, w)."""
         config = self.config
         x = torch.from_numpy(np.asarray(image).copy()).to(device).permute(2, 0, 1)[None].float()
         scale = min(config.short_side / min(image.size), config.long_side / max(image.size))
-        size = [int(side * scale + 0.5) for side in (image.height, image.width)]
+        size = [max(1, int(side * scale + 0.5)) for side in (image.height, image.width)]
         x = F.interpolate(x, size, mode="bilinear", align_corners=False).round().clamp(0, 255) / 255
         mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
         x = (x - mean) / std
@@ -123,18 +123,32 @@ class Segmenter:
                 here = ..., slice(top, top + config.window), slice(left, left + config.window)
                 total[here] += self.masks(x[here])
                 count[here] += 1
-        full = (image.height, image.width)
-        return F.interpolate(total / count, full, mode="bilinear", align_corners=False)[0]
+        return (total / count)[0]
 
     def label_map(self, image: Image.Image, device: torch.device, background: bool) -> Tensor:
         """Class index of every pixel: (H, W) int64. With background, 0 is "none of the words"."""
-        planes = self.planes(image, device)
+        best, index = winners(self.planes(image, device), (image.height, image.width))
         if not background:
-            return planes.argmax(0)
-        threshold = background_threshold(self.config)
+            return index
         # In front of the classes, a constant plane at the threshold: it wins where none exceeds it.
-        best, index = planes.max(0)
-        return torch.where(best > threshold, index + 1, 0)
+        return torch.where(best > background_threshold(self.config), index + 1, 0)
+
+
+def winners(planes: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The highest mask of every pixel, and whose it is, of planes (N, h, w) resized to a picture.
+
+    Returns (H, W) in [0, 1] and (H, W) int64. A few classes are resized at a time: all of them at
+    the picture's own size could fill the memory.
+    """
+    best = torch.zeros(size, device=planes.device)
+    index = torch.zeros(size, dtype=torch.int64, device=planes.device)
+    for start in range(0, len(planes), 16):
+        some = planes[None, start : start + 16]
+        some = F.interpolate(some, size, mode="bilinear", align_corners=False)[0]
+        value, which = some.max(0)
+        index = torch.where(value > best, which + start, index)
+        best = torch.maximum(best, value)
+    return best, index
 
 
 def background_threshold(config: MaskConfig) -> float:

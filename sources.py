@@ -189,15 +189,19 @@ def index_shard(path: str) -> Iterator[ShardItem | BadSample]:
         yield BadSample("unreadable shard")
 
 
-def read_image(file) -> Image.Image:
-    """Decode a picture of any mode to upright RGB. Raises BadSample."""
+def read_image(file, whole: bool = False) -> Image.Image:
+    """Decode a picture of any mode to upright RGB. Raises BadSample.
+
+    Large JPEGs are decoded at a half, a quarter or an eighth of their size, unless `whole`.
+    """
     try:
         with Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadSample("picture too large")
             if min(image.size) < MIN_SIDE:
                 raise BadSample("picture too small")
-            image.draft("RGB", (512, 512))  # large JPEGs are decoded at a half, quarter or eighth
+            if not whole:
+                image.draft("RGB", (512, 512))
             return to_rgb(ImageOps.exif_transpose(image))
     except BadSample:
         raise

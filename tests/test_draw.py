@@ -31,5 +31,5 @@ def test_sheets_and_joined_pictures_have_the_right_size():
 
 
 def test_text_is_underlined_in_its_colour():
-    picture = np.asarray(draw.coloured_text([("a", None), ("kite", (0, 200, 0))], (100, 40)))
+    picture = np.asarray(draw.coloured_text([("a", None), ("kite", (0, 200, 0))], 100, height=40))
     assert (picture == (0, 200, 0)).all(-1).sum() > 20

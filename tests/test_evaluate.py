@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import random_clip, random_model
 from PIL import Image
 
@@ -94,8 +95,14 @@ def test_background_is_a_plane_in_front_of_the_classes():
     segmenter = Segmenter(random_clip(), None, ["a", "b"], MaskConfig(background=0.4))
     planes = torch.tensor([[[0.3, 0.6, 0.4]], [[0.2, 0.5, 0.9]]])
     segmenter.planes = lambda image, device: planes
-    assert segmenter.label_map(None, None, True).tolist() == [[0, 1, 2]]
-    assert segmenter.label_map(None, None, False).tolist() == [[0, 0, 1]]
+    image, cpu = Image.new("RGB", (3, 1)), torch.device("cpu")
+    assert segmenter.label_map(image, cpu, True).tolist() == [[0, 1, 2]]
+    assert segmenter.label_map(image, cpu, False).tolist() == [[0, 0, 1]]
+    # Many classes are resized a few at a time: as if it were all at once, ties included.
+    planes = (torch.rand(40, 5, 7) * 8).round() / 8
+    full = F.interpolate(planes[None], (9, 13), mode="bilinear", align_corners=False)[0]
+    image = Image.new("RGB", (13, 9))
+    assert torch.equal(segmenter.label_map(image, cpu, False), full.argmax(0))
 
 
 # --- raw folders ----------------------------------------------------------------------------------

@@ -1,0 +1,302 @@
+"""Segment any words in any picture, or a picture and its caption together (figures 4.2 and 4.4).
+
+Examples:
+    python segment.py photo.jpg "a red balloon" grass --checkpoint code_released.pth
+    python segment.py photo.jpg --caption "a dog and a red ball" --checkpoint code_released.pth
+    python segment.py photos/ person bicycle --checkpoint code_released.pth --html out/page.html
+
+For every picture NAME it writes NAME.overlay.png (regions and a legend; with a caption also its
+words, shaded by every noun's word mask) and NAME.labels.png (an indexed PNG of the picture's size:
+0 is background, i the i-th query), with --show-scores NAME.score-I.png. A picture that cannot be
+read is named, the others are done, and the exit code is 2.
+"""
+
+import base64
+import io
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from clip import end_of_text, noun_prompts, text_hidden, tokenize
+from config import (
+    MASK_PRESETS,
+    MaskConfig,
+    UserError,
+    choose_device,
+    option,
+    parse,
+    run,
+    save_text,
+    whole_file,
+)
+from data import nltk_tagger, select_nouns, shapes_tagger
+from draw import below, coloured_text, heat, legend, overlay, palette, save_png
+from evaluate import Segmenter, background_threshold, load_method, winners
+from model import CoDe, word_mask
+from sources import IMAGE_SUFFIXES, BadSample, read_image
+
+
+@dataclass
+class SegmentConfig:
+    """What is segmented, and what is written."""
+
+    things: tuple[str, ...] = option(
+        (), "pictures, folders of pictures, and the words to look for", positional=True
+    )
+    caption: str | None = option(None, "take the nouns of this caption, and segment it too")
+    no_background: bool = option(False, "every pixel gets the likeliest of the words")
+    preset: str = option("thesis", "sizes and constants: thesis, or shapes for its checkpoints")
+    out: str = option("out/segment", "folder for the PNGs")
+    show_scores: bool = option(False, "write a heat map of every query")
+    json: str | None = option(None, "file for every query's share of the picture and score")
+    html: str | None = option(None, "file for a page with everything in it, to be explored")
+
+
+@dataclass
+class Result:
+    """One picture and what was found in it."""
+
+    name: str
+    image: Image.Image
+    best: np.ndarray  # (H, W): the highest mask
+    labels: np.ndarray  # (H, W): 0 is background, i the i-th query
+
+
+def pictures_and_words(things: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """What exists is a picture or a folder of pictures, anything else a query. Raises UserError."""
+    pictures: list[Path] = []
+    words: list[str] = []
+    for thing in things:
+        path = Path(thing)
+        if os.path.isdir(thing):  # a Path would raise on a query longer than any file name
+            found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise UserError(
+                    f"{thing}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in this folder"
+                )
+            pictures += found
+        elif os.path.isfile(thing):
+            pictures.append(path)
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            raise UserError(f"{thing}: no such picture")
+        else:
+            words.append(" ".join(thing.split()))
+    if not pictures:
+        raise UserError("no picture given: name pictures or folders, then the words to look for")
+    if any(not word for word in words):
+        raise UserError("an empty query: name words to look for")
+    return pictures, list(dict.fromkeys(words))
+
+
+def queries(words: Sequence[str], config: SegmentConfig) -> list[str]:
+    """The words, or the nouns of the caption. Raises UserError."""
+    if config.caption is None:
+        if not words:
+            raise UserError("no words to look for: name some after the pictures, or a --caption")
+        return list(words)
+    if words:
+        raise UserError(f"{words[0]!r} and --caption: give words or a caption, not both")
+    if not config.caption.strip():
+        raise UserError("--caption: it is empty")
+    nouns = select_nouns(
+        config.caption, shapes_tagger() if config.preset == "shapes" else nltk_tagger()
+    )
+    if not nouns:
+        raise UserError(f"--caption {config.caption!r}: no nouns found in it; name words instead")
+    return nouns
+
+
+def check_lengths(names: Sequence[str], context_length: int) -> None:
+    """CLIP's text tower holds 77 tokens, SOS, learned context and EOT among them."""
+    for name in names:
+        count = sum(len(tokens_of(word)) for word in name.split())
+        if count > 75 - context_length:
+            raise UserError(
+                f"{name[:40]!r}...: {count} tokens, a query holds {75 - context_length} at most"
+            )
+
+
+def tokens_of(word: str) -> list[int]:
+    """BPE token ids of one word, without SOS and EOT."""
+    return tokenize([word])[0, 1:-1].tolist()
+
+
+@torch.no_grad()
+def word_masks(model: CoDe, caption: str, nouns: Sequence[str]) -> np.ndarray:
+    """m^t of Eq. 3.3 for every word between spaces: (J, words), the mean of a word's tokens.
+
+    Raises UserError for a caption that is longer than CLIP's text tower.
+    """
+    pieces = [tokens_of(word) for word in caption.split()]
+    count = sum(map(len, pieces))
+    if count > 75:
+        raise UserError(f"--caption: {count} tokens, but CLIP's text tower holds 75")
+    device = model.context.device
+    start, end = tokenize([""])[0].tolist()
+    tokens = torch.tensor([[start, *(t for piece in pieces for t in piece), end]], device=device)
+    eot = end_of_text(tokens)
+    x_t = model.text_segmenter(text_hidden(model.clip, model.clip.token_embedding(tokens)), eot)
+    prompts = noun_prompts(nouns, len(model.context)).to(device)
+    n = model.noun_embedding(prompts)[:, None]  # (J, 1, C)
+    masks = word_mask(model.text_segmenter.word_logits(x_t, n))[0, 1:, 1:-1].exp()  # (J, tokens)
+    parts = masks.cpu().split([len(piece) for piece in pieces], dim=1)
+    return torch.stack([part.mean(1) for part in parts], dim=1).numpy()
+
+
+def shown(image: Image.Image) -> int:
+    """How many times larger a small picture is shown."""
+    return max(1, round(400 / max(image.size)))
+
+
+def picture_of(
+    result: Result, names: Sequence[str], caption: str | None, masks: np.ndarray | None
+) -> Image.Image:
+    """Overlay and legend; with a caption, its words shaded by every noun's mask: figure 4.2."""
+    colours = palette(len(names))
+    tinted = overlay(result.image, result.labels - 1, colours)
+    size = [side * shown(result.image) for side in tinted.size]
+    tinted = tinted.resize(size, Image.Resampling.NEAREST)
+    letters = max(14, tinted.width // 60)
+    rows = [tinted, legend(names, colours, tinted.width, letters)]
+    if masks is not None:
+        for colour, mask in zip(colours, masks):
+            shades = [tuple(round(255 + m * (c - 255)) for c in colour) for m in mask]
+            words = list(zip(caption.split(), shades))
+            rows.append(coloured_text(words, tinted.width, letters, behind=True))
+    return below(*rows)
+
+
+def score(result: Result, names: Sequence[str]) -> dict:
+    """Share of the picture that each query takes, and the mean mask inside its region."""
+    found = {}
+    for i, name in enumerate(names, start=1):
+        region = result.labels == i
+        mean = float(result.best[region].mean()) if region.any() else None
+        found[name] = {"share": float(region.mean()), "score": mean}
+    return found
+
+
+def data_uri(image: Image.Image, form: str) -> str:
+    file = io.BytesIO()
+    image.save(file, form, quality=88)
+    return f"data:image/{form.lower()};base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def page_item(
+    result: Result,
+    index: np.ndarray,
+    names: Sequence[str],
+    config: SegmentConfig,
+    threshold: float,
+    masks: np.ndarray | None,
+) -> dict:
+    """What page.html shows of one picture, at 1,024 pixels at most."""
+    scale = min(1.0, 1024 / max(result.image.size))
+    width, height = (max(1, round(side * scale)) for side in result.image.size)
+    rows = ((np.arange(height) + 0.5) / height * len(index)).astype(int)
+    columns = ((np.arange(width) + 0.5) / width * index.shape[1]).astype(int)
+    here = np.ix_(rows, columns)
+    # Red: the best query; green and blue: its mask in 16 bits, which the page's threshold cuts.
+    quantised = (result.best[here] * 65535).round().astype(np.uint16)
+    planes = np.stack([index[here], quantised >> 8, quantised & 255], axis=-1)
+    picture = result.image.resize((width, height), Image.Resampling.LANCZOS)
+    return {
+        "name": result.name,
+        "width": width,
+        "height": height,
+        "picture": data_uri(picture, "PNG" if shown(picture) > 1 else "JPEG"),
+        "masks": data_uri(Image.fromarray(planes.astype(np.uint8)), "PNG"),
+        "threshold": 0 if config.no_background else threshold,
+        "queries": [{"name": n, "colour": c} for n, c in zip(names, palette(len(names)))],
+        "caption": config.caption or "",
+        "words": (config.caption or "").split() if masks is not None else [],
+        "word_masks": [] if masks is None else masks.round(3).tolist(),
+    }
+
+
+def indexed(labels: np.ndarray, names: Sequence[str]) -> Image.Image:
+    """The label map as a PNG with a palette in the overlay's colours."""
+    picture = Image.fromarray(labels.astype(np.uint8)).convert("P")
+    picture.putpalette([0, 0, 0, *(value for colour in palette(len(names)) for value in colour)])
+    return picture
+
+
+def main() -> None:
+    config, masks_config = parse(__doc__, SegmentConfig, MaskConfig, presets=MASK_PRESETS)
+    if config.preset not in ("thesis", "shapes"):
+        raise UserError(f"--preset {config.preset}: 'thesis' or 'shapes'")
+    pictures, words = pictures_and_words(config.things)
+    names = queries(words, config)
+    if len(names) > 255:
+        raise UserError(f"{len(names)} queries: an indexed PNG tells 255 apart")
+    device = choose_device(masks_config.device)
+    clip, model = load_method(masks_config, device)
+    if model is not None and (model.config.clip == "shapes") != (config.preset == "shapes"):
+        raise UserError(
+            f"{masks_config.checkpoint} was trained with --clip {model.config.clip}: "
+            + ("add --preset shapes" if config.preset == "thesis" else "leave --preset shapes out")
+        )
+    check_lengths(names, len(model.context) if model is not None else 0)
+    masks = None
+    if config.caption is not None:
+        if model is None or not model.decomposes_text:
+            raise UserError("--caption: this method has no text segmenter; name words instead")
+        masks = word_masks(model, config.caption, names)
+    segmenter = Segmenter(clip, model, names, masks_config)
+    threshold = background_threshold(masks_config)
+
+    out, taken, scores, items, bad = Path(config.out), set(), {}, [], 0
+    for path in pictures:
+        try:
+            image = read_image(path, whole=True)
+        except BadSample as cause:
+            print(f"{sys.argv[0]}: error: {path}: {cause}", file=sys.stderr)
+            bad += 1
+            continue
+        name = path.stem
+        while name in taken:  # pictures of the same name in several folders
+            name += "_"
+        taken.add(name)
+        planes = segmenter.planes(image, device)
+        size = (image.height, image.width)
+        best, index = (value.cpu() for value in winners(planes, size))
+        labels = index + 1
+        if not config.no_background:
+            labels[best <= threshold] = 0
+        result = Result(name, image, best.numpy(), labels.numpy())
+        save_png(picture_of(result, names, config.caption, masks), out / f"{name}.overlay.png")
+        save_png(indexed(result.labels, names), out / f"{name}.labels.png")
+        if config.show_scores:
+            for i, plane in enumerate(planes, start=1):
+                plane = F.interpolate(plane[None, None], size, mode="bilinear")[0, 0].cpu().numpy()
+                save_png(heat(image, plane), out / f"{name}.score-{i}.png")
+        scores[str(path)] = score(result, names)
+        if config.html:
+            items.append(page_item(result, index.numpy(), names, config, threshold, masks))
+        print(f"{path}: {said(scores[str(path)])}; {out / name}.overlay.png", flush=True)
+    if config.json:
+        save_text(json.dumps(scores, indent=1), config.json)
+    if config.html and items:
+        page = Path(__file__).with_name("page.html").read_text()
+        content = json.dumps(items).replace("<", "\\u003c")  # no caption can close the script
+        with whole_file(config.html) as temporary:
+            temporary.write_text(page.replace("/*DATA*/[]", content))
+    if bad:
+        print(f"{bad} of {len(pictures)} pictures could not be read", file=sys.stderr)
+        sys.exit(2)
+
+
+def said(found: dict) -> str:
+    return ", ".join(f"{name} {100 * value['share']:.1f} %" for name, value in found.items())
+
+
+if __name__ == "__main__":
+    run(main)
