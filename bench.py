@@ -1,24 +1,30 @@
 """Time and memory of every piece beside its textbook form, at ViT-B/16 with random weights.
 
-Example:
+Examples:
     python bench.py --json bench.json
+    python bench.py --only window      # pieces whose name holds this
 
-Each piece runs in turn in its plain form (written here from the definition) and in ours, several
-times; the table gives medians and the peak of memory above what was held before. The floor is a
-bare forward pass of the frozen visual tower at 448 pixels.
+Each piece has a process of its own, in which its plain form (written here from the definition) and
+ours run in turn, several times. The table gives medians of the time, and peaks of memory: what a
+form adds to what was held before it, and the whole process while ours runs. The floor is a bare
+forward pass of the frozen visual tower at 448 pixels, measured beside every window.
 """
 
 import contextlib
 import copy
 import io
 import json
+import os
 import statistics
+import subprocess
+import sys
 import tarfile
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -31,8 +37,8 @@ from tqdm import tqdm
 import evaluate as evaluation
 import model as method
 from clip import embed_texts, load_clip, tokenize, visual_hidden
-from config import LossConfig, MaskConfig, ModelConfig, option, parse, run, save_text
-from data import PairStream, collate, make_loader, nltk_tagger
+from config import LossConfig, MaskConfig, ModelConfig, UserError, option, parse, run, save_text
+from data import Batch, PairStream, collate, make_loader, nltk_tagger
 from datasets import ade20k, coco_stuff, voc
 from losses import code_losses
 from model import CoDe
@@ -107,16 +113,16 @@ def textbook():
 def resident() -> float:
     """Memory of this process in MB."""
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096 / 1e6
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def measure(function: Callable) -> tuple[float, float]:
-    """Seconds, and the peak of memory above its start in MB."""
-    start, peak, done = resident(), [0.0], threading.Event()
+    """Seconds, and the peak of this process's memory in MB meanwhile."""
+    peak, done = [resident()], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.003):
-            peak[0] = max(peak[0], resident() - start)
+            peak[0] = max(peak[0], resident())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -128,33 +134,60 @@ def measure(function: Callable) -> tuple[float, float]:
     return seconds, peak[0]
 
 
-def compare(name: str, plain: Callable | None, ours: Callable, repeats: int) -> dict:
-    """Run both forms in turn; medians of time, and the highest peak of memory."""
-    forms = {"plain": plain, "ours": ours} if plain else {"ours": ours}
-    runs: dict[str, list] = {form: [] for form in forms}
-    ours()  # warm up
+def compare(
+    name: str, forms: dict[str, Callable], repeats: int, held: dict[str, Callable] | None = None
+) -> dict:
+    """Run the forms in turn; medians of the times, and the highest peaks of memory.
+
+    held: what a form holds in memory besides; made before its time is taken.
+    """
+    seconds: dict[str, list] = {form: [] for form in forms}
+    added: dict[str, list] = {form: [] for form in forms}
+    whole: dict[str, list] = {form: [] for form in forms}
+    for function in forms.values():  # warm up
+        function()
     for _ in tqdm(range(repeats), name):
         for form, function in forms.items():
-            runs[form].append(measure(function))
-    result = {"piece": name}
-    for form, values in runs.items():
-        result[f"{form}_s"] = statistics.median(seconds for seconds, _ in values)
-        result[f"{form}_mb"] = max(peak for _, peak in values)
+            before = resident()
+            kept = held[form]() if held and form in held else None
+            took, peak = measure(function)
+            del kept
+            seconds[form].append(took)
+            added[form].append(peak - before)
+            whole[form].append(peak)
+    result: dict = {"piece": name}
+    for form in forms:
+        result[f"{form}_s"] = statistics.median(seconds[form])
+        result[f"{form}_mb"] = max(added[form])
+    result["process_mb"] = max(whole["ours"])
     return result
 
 
 # --- the pieces -----------------------------------------------------------------------------------
 
+CPU = torch.device("cpu")
+NAMES = [*ade20k.CLASS_NAMES, *coco_stuff.CLASS_NAMES]
+
+
+def make_model() -> CoDe:
+    torch.manual_seed(0)
+    return CoDe(load_clip("ViT-B-16-quickgelu", "none"), ModelConfig(clip_weights="none"))
+
+
+def noise_picture(width: int, height: int) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
+    return Image.fromarray(pixels)
+
 
 def refinement(repeats: int) -> dict:
+    """PAMR of 171 planes of 112 x 112: 8.6 MB of masks."""
     image, masks = torch.rand(1, 3, 448, 448), torch.rand(1, 171, 112, 112)
-    a, b = plain_pamr(image, masks), pamr(image, masks)
-    assert torch.allclose(a, b, atol=1e-4)
-    name = "refinement, 171 planes of 112 x 112"
-    return compare(name, lambda: plain_pamr(image, masks), lambda: pamr(image, masks), repeats)
+    assert torch.allclose(plain_pamr(image, masks), pamr(image, masks), atol=1e-4)
+    forms = {"plain": lambda: plain_pamr(image, masks), "ours": lambda: pamr(image, masks)}
+    return compare("refinement, 171 planes of 112 x 112", forms, repeats)
 
 
-def upsampling_block(repeats: int) -> dict:
+def upsampling(repeats: int) -> dict:
     block, x = method.UpsamplingBlock(768), torch.randn(1, 56, 56, 768)
 
     @torch.no_grad()
@@ -162,58 +195,55 @@ def upsampling_block(repeats: int) -> dict:
         with textbook():
             block(x)
 
-    return compare("upsampling block, 56 to 112", plain, torch.no_grad()(lambda: block(x)), repeats)
+    forms = {"plain": plain, "ours": torch.no_grad()(lambda: block(x))}
+    return compare("upsampling block, 56 to 112", forms, repeats)
 
 
-def text_tower(clip: open_clip.CLIP, repeats: int) -> dict:
+def text(repeats: int) -> dict:
+    clip = make_model().clip
     tokens = tokenize([f"a photo of a {name}." for name in voc.CLASS_NAMES])
     plain = torch.no_grad()(lambda: plain_embed_texts(clip, tokens))
     ours = torch.no_grad()(lambda: embed_texts(clip, tokens))
-    return compare("text tower, 21 texts", plain, ours, repeats)
+    return compare("text tower, 21 texts", {"plain": plain, "ours": ours}, repeats)
 
 
-def bare_forward(clip: open_clip.CLIP, repeats: int) -> dict:
-    """The floor: the frozen visual tower, last block included."""
-    x = torch.randn(1, 3, 448, 448)
-
-    @torch.no_grad()
-    def forward():
-        clip.visual.transformer.resblocks[-1](visual_hidden(clip, x))
-
-    return compare("bare visual tower at 448", None, forward, repeats)
-
-
-def window(model: CoDe, names: Sequence[str], repeats: int) -> dict:
+def window(classes: int, repeats: int) -> dict:
     """One 448-pixel picture to its label map; the plain form has a tower for each branch."""
-    segmenter = evaluation.Segmenter(model.clip, model, names, MaskConfig())
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (448, 448, 3), np.uint8))
-    cpu = torch.device("cpu")
+    model = make_model()
+    clip, x = model.clip, torch.randn(1, 3, 448, 448)
+    segmenter = evaluation.Segmenter(clip, model, NAMES[:classes], MaskConfig())
+    picture = noise_picture(448, 448)
 
     def ours():
-        segmenter.label_map(picture, cpu, background=False)
+        segmenter.label_map(picture, CPU, background=False)
 
     def plain():
         with textbook(), torch.no_grad():
-            visual_hidden(model.clip, torch.randn(1, 3, 448, 448))  # the other branch's own tower
+            visual_hidden(clip, x)  # the other branch's own tower
             ours()
 
-    return compare(f"window, {len(names)} classes", plain, ours, repeats)
+    @torch.no_grad()
+    def bare():
+        clip.visual.transformer.resblocks[-1](visual_hidden(clip, x))
+
+    forms = {"plain": plain, "ours": ours, "bare": bare}
+    return compare(f"window of 448, {classes} classes", forms, repeats)
 
 
-def training_step(model: CoDe, repeats: int) -> dict:
-    """Forward, losses, backward and update of 8 pairs, all parameters trained."""
+def training_step(repeats: int) -> dict:
+    """Forward, losses, backward and update of 8 pairs with two nouns each, everything trained.
+
+    plain: texts of 77 tokens, convolution of upsampled features, three copies of CLIP. triplets:
+    besides, what the two nouns of a pair share is computed for each (16 pairs of one noun).
+    """
+    model = make_model()
     captions = ["a man in a red jacket rides a brown horse on the beach near the sea"] * 8
-    nouns, forms = [("horse", "beach")] * 8, [["a photo of a {}.", "art of the {}."]] * 8
+    forms = ["a photo of a {}.", "art of the {}."]
     images = torch.randn(8, 3, 224, 224).unbind()
-    batch = collate(images, captions, nouns, [()] * 8, forms, len(model.context))
-    padded = replace(
-        batch,
-        **{
-            name: F.pad(value, (0, 77 - value.shape[1]), value=-1 if name == "noun_labels" else 0)
-            for name, value in vars(batch).items()
-            if name in ("caption_tokens", "noun_tokens", "knowledge_tokens", "noun_labels")
-        },
-    )
+    context = len(model.context)
+    batch = collate(images, captions, [("horse", "beach")] * 8, [()] * 8, [forms] * 8, context)
+    single = [("horse",)] * 8 + [("beach",)] * 8
+    triplets = collate(images * 2, captions * 2, single, [()] * 16, [forms[:1]] * 16, context)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9)
     model.train()
 
@@ -224,16 +254,52 @@ def training_step(model: CoDe, repeats: int) -> dict:
         terms["total"].backward()
         optimizer.step()
 
-    def plain():
-        if not held:
-            held.extend(copy.deepcopy(model.clip) for _ in range(2))
+    def plain(batch):
         with textbook():
-            step(padded)
+            step(padded(batch))
 
-    held: list = []
-    result = compare("training step, 8 pairs", plain, lambda: step(batch), repeats)
-    held.clear()
-    return result
+    def copies():
+        return [copy.deepcopy(model.clip) for _ in range(2)]
+
+    forms = {"triplets": lambda: plain(triplets), "plain": lambda: plain(batch)}
+    forms["ours"] = lambda: step(batch)
+    held = {"triplets": copies, "plain": copies}
+    return compare("training step, 8 pairs", forms, repeats, held)
+
+
+def padded(batch: Batch) -> Batch:
+    """All texts of 77 tokens."""
+    texts = ("caption_tokens", "noun_tokens", "knowledge_tokens", "noun_labels")
+    longer = {}
+    for name in texts:
+        value = getattr(batch, name)
+        filling = -1 if name == "noun_labels" else 0
+        longer[name] = F.pad(value, (0, 77 - value.shape[1]), value=filling)
+    return replace(batch, **longer)
+
+
+def growth(repeats: int) -> dict:
+    """What one more class, one more window and one more image cost."""
+    model = make_model()
+
+    def seconds(classes: int, width: int) -> float:
+        segmenter = evaluation.Segmenter(model.clip, model, NAMES[:classes], MaskConfig())
+        picture = noise_picture(width, 448)
+        forms = {"ours": lambda: segmenter.label_map(picture, CPU, background=False)}
+        return compare(f"{classes} classes, {width} pixels", forms, repeats)["ours_s"]
+
+    by_class = {classes: seconds(classes, 448) for classes in (10, 80, 160, 320)}
+    by_window = {1 + (width - 448) // 224: seconds(20, width) for width in (448, 672, 896, 1120)}
+    segmenter = evaluation.Segmenter(model.clip, model, NAMES[:20], MaskConfig())
+    peaks = {}
+    for image in range(1, 9):  # as evaluate.py does: one label map after the other
+        peaks[image] = measure(lambda: segmenter.label_map(noise_picture(448, 448), CPU, False))[1]
+    result = {"piece": "growth"}
+    for name, values in (("class", by_class), ("window", by_window)):
+        slope, start = np.polyfit(list(values), list(values.values()), 1)
+        worst = max(abs(start + slope * n - s) / s for n, s in values.items())
+        result |= {f"by_{name}": values, f"s_per_{name}": slope, f"off_the_line_by_{name}": worst}
+    return result | {"process_mb_by_images": peaks}
 
 
 def write_shards(folder: str, shards: int = 4, pairs: int = 128) -> None:
@@ -265,44 +331,78 @@ def loader(repeats: int) -> dict:
             for _ in range(32):
                 next(batches)
 
-        result = compare("loader, 512 pairs of 512 pixels, 2 workers", None, ours, repeats)
-    result["pairs_per_second"] = 512 / result["ours_s"]
-    return result
+        name = "loader, 512 pairs of 512 pixels, 2 workers"
+        result = compare(name, {"ours": ours}, repeats)
+    return result | {"pairs_per_second": 512 / result["ours_s"]}
 
 
-def main() -> None:
-    (config,) = parse(__doc__, BenchConfig)
-    torch.manual_seed(0)
-    clip = load_clip("ViT-B-16-quickgelu", "none")
-    model = CoDe(clip, ModelConfig(clip_weights="none"))
-    names_171 = [*ade20k.CLASS_NAMES, *coco_stuff.CLASS_NAMES][:171]
-    pieces = {
-        "refinement": lambda: refinement(config.repeats),
-        "upsampling": lambda: upsampling_block(config.repeats),
-        "text": lambda: text_tower(clip, config.repeats),
-        "bare": lambda: bare_forward(clip, config.repeats),
-        "window20": lambda: window(model, voc.CLASS_NAMES[1:], config.repeats),
-        "window171": lambda: window(model, names_171, config.repeats),
-        "step": lambda: training_step(model, config.repeats),
-        "loader": lambda: loader(config.repeats),
-    }
-    results = [piece() for name, piece in pieces.items() if not config.only or config.only in name]
-    bare = next((r["ours_s"] for r in results if r["piece"].startswith("bare")), None)
-    lines = ["| piece | plain | ours | ratio | of the bare tower | plain MB | ours MB |"]
-    lines.append("|---|---|---|---|---|---|---|")
+PIECES = {
+    "refinement": refinement,
+    "upsampling": upsampling,
+    "text": text,
+    "window20": lambda repeats: window(20, repeats),
+    "window171": lambda repeats: window(171, repeats),
+    "step": training_step,
+    "growth": growth,
+    "loader": loader,
+}
+
+
+def print_table(results: list[dict]) -> None:
+    columns = ("piece", "plain", "ours", "plain / ours", "ours / bare tower")
+    print("| " + " | ".join([*columns, "plain MB", "ours MB", "process MB"]) + " |")
+    print("|---|---|---|---|---|---|---|---|")
     for r in results:
-        plain, ours = r.get("plain_s"), r["ours_s"]
+        if r["piece"] == "growth":
+            continue
+        plain, ours, bare = r.get("plain_s"), r["ours_s"], r.get("bare_s")
         cells = [
             r["piece"],
             f"{plain:.3f} s" if plain else "",
             f"{ours:.3f} s",
             f"{plain / ours:.2f}" if plain else "",
-            f"{ours / bare:.2f}" if bare and r["piece"].startswith("window") else "",
+            f"{ours / bare:.2f} ({bare:.3f} s)" if bare else "",
             f"{r['plain_mb']:.0f}" if plain else "",
             f"{r['ours_mb']:.0f}",
+            f"{r['process_mb']:.0f}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    print("\n".join(lines))
+        print("| " + " | ".join(cells) + " |")
+    for r in results:
+        if "triplets_s" in r:
+            print(
+                f"\n{r['piece']}: {r['triplets_s']:.2f} s, {r['triplets_mb']:.0f} MB where every "
+                "triplet is computed on its own"
+            )
+        if "pairs_per_second" in r:
+            print(f"\n{r['piece']}: {r['pairs_per_second']:.0f} pairs per second")
+        if r["piece"] == "growth":
+            print(
+                f"\na class more: {1000 * r['s_per_class']:.2f} ms (off the line by "
+                f"{100 * r['off_the_line_by_class']:.0f} % at most); a window more: "
+                f"{1000 * r['s_per_window']:.0f} ms ({100 * r['off_the_line_by_window']:.0f} %); "
+                "process at images 1 to 8: "
+                + ", ".join(f"{mb:.0f}" for mb in r["process_mb_by_images"].values())
+                + " MB"
+            )
+
+
+def main() -> None:
+    (config,) = parse(__doc__, BenchConfig)
+    names = [name for name in PIECES if not config.only or config.only in name]
+    if not names:
+        raise UserError(f"--only {config.only}: none of {', '.join(PIECES)}")
+    if len(names) == 1:
+        results = [PIECES[names[0]](config.repeats)]
+    else:
+        results = []
+        for name in names:
+            with tempfile.NamedTemporaryFile(suffix=".json") as file:
+                command = [sys.executable, __file__, "--only", name, "--json", file.name]
+                command += ["--repeats", str(config.repeats)]
+                if code := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+                    raise UserError(f"{name}: ended with exit code {code}")
+                results += json.loads(Path(file.name).read_text())
+    print_table(results)
     if config.json:
         save_text(json.dumps(results, indent=1), config.json)
 

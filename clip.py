@@ -197,7 +197,7 @@ def text_hidden(clip: open_clip.CLIP, embeddings: Tensor) -> Tensor:
 def text_embedding(clip: open_clip.CLIP, embeddings: Tensor, eot: Tensor) -> Tensor:
     """E^t, CLIP's text embedding read at EOT, normalised: (B, L, C_t), (B,) -> (B, C).
 
-    It starts from token embeddings, so that learned vectors may stand among them (KgCoOp, Eq. 3.5).
+    It starts from token embeddings, so that learned vectors may stand among them.
     """
     hidden = text_hidden(clip, embeddings)
     pooled = clip.ln_final(hidden[torch.arange(len(eot), device=eot.device), eot])

@@ -65,7 +65,7 @@ class ModelConfig:
 
 @dataclass
 class LossConfig:
-    """Weights of Eq. 3.8 and of the terms inside L_seg^v and L_seg^t."""
+    """Weights of the total loss and of the terms inside L_seg^v and L_seg^t."""
 
     lambda_kg: float = option(8.0, "noun embedding loss, Eq. 3.1")
     lambda_seg_v: float = option(1.0, "image segmentation loss")
@@ -319,7 +319,7 @@ TRAIN_PRESETS = {
     "thesis": {},
     "shapes": dict(
         clip="shapes",
-        steps=1200,
+        steps=800,
         batch_size=16,
         lr=2e-3,
         final_lr=0.1,

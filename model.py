@@ -67,11 +67,12 @@ def upsample_and_convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
     # Which of the three taps fall on the first and on the second of the two cells.
     even, odd = [[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]
     taps = torch.tensor([even, odd], dtype=conv.weight.dtype, device=x.device)  # (phase, cell, tap)
-    kernels = torch.einsum("pak,oikl,qbl->pqoiab", taps, conv.weight, taps)
+    sums = torch.einsum("pak,qbl->klpqab", taps, taps).reshape(9, 16)
+    kernels = (conv.weight.flatten(2) @ sums).unflatten(-1, (2, 2, 2, 2))  # (C, C, p, q, a, b)
     rows = []
     for p in (0, 1):  # output row 2y + p sees the cells y - 1 + p and y + p
         phases = [
-            F.conv2d(F.pad(x, (1 - q, q, 1 - p, p)), kernels[p, q], conv.bias) for q in (0, 1)
+            F.conv2d(F.pad(x, (1 - q, q, 1 - p, p)), kernels[:, :, p, q], conv.bias) for q in (0, 1)
         ]
         rows.append(torch.stack(phases, dim=-1).flatten(-2))  # columns interleaved: (B, C, h, 2w)
     return torch.stack(rows, dim=-2).flatten(-3, -2)  # rows interleaved
@@ -128,7 +129,7 @@ def hard_mask(logits: Tensor, noise: Tensor | None) -> Tensor:
 
 
 class TextSegmenter(nn.Module):
-    """F^t (section 3.2): word-wise features x^t, and w and b of Eq. 3.2's logits.
+    """F^t (section 3.2): word-wise features x^t, and w and b of the word logits.
 
     Two learned residual blocks on the frozen text tower's last hidden states. Unlike the tower they
     look both ways, and at the caption's own tokens only, from SOS to EOT.
@@ -259,6 +260,8 @@ class CoDe(nn.Module):
 
     def forward(self, batch, noise: Tensor | None = None) -> Decomposition:
         """Decompose b pairs (a `data.Batch`) into regions and word segments.
+
+        Eq. 3.6: e^v = E^v(H^v), e^t = E^t(H^t), of every highlighted region and word segment.
 
         noise: logistic noise for the hard masks (T_local, 4h, 4w), None for none.
         """

@@ -131,7 +131,7 @@ def tokens_of(word: str) -> list[int]:
 
 @torch.no_grad()
 def word_masks(model: CoDe, caption: str, nouns: Sequence[str]) -> np.ndarray:
-    """m^t of Eq. 3.3 for every word between spaces: (J, words), the mean of a word's tokens.
+    """m^t of every word between spaces: (J, words), the mean of a word's tokens.
 
     Raises UserError for a caption that is longer than CLIP's text tower.
     """

@@ -1,11 +1,14 @@
 """What the README names exists."""
 
+import ast
+import collections
 import re
 from dataclasses import fields
 
 from test_released import ROOT
 
 from config import DATASETS, EvalConfig, LossConfig, MaskConfig, ModelConfig, TrainConfig
+from segment import SegmentConfig
 
 README = (ROOT / "README.md").read_text()
 
@@ -13,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 def test_every_option_exists():
     known = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}
     known |= {"--help"}
-    for config in (TrainConfig, ModelConfig, LossConfig, EvalConfig, MaskConfig):
+    for config in (TrainConfig, ModelConfig, LossConfig, EvalConfig, MaskConfig, SegmentConfig):
         for f in fields(config):
             name = f.name.replace("_", "-")
             known |= {f"--{name}", f"--no-{name}"}
@@ -23,7 +26,7 @@ def test_every_option_exists():
 
 
 def test_every_file_and_benchmark_exists():
-    for name in re.findall(r"`((?:datasets/|tests/|docs/)?[a-z_]+\.(?:py|pt|png))`", README):
+    for name in re.findall(r"`((?:datasets/|tests/|docs/)?[a-z_]+\.(?:py|pt|png|html))`", README):
         assert (ROOT / name).exists() or name in ("last.pt", "best.pt", "sheet.png"), name
     for name in re.findall(r"\]\((docs/[^)]+)\)", README):
         assert (ROOT / name).exists(), name
@@ -41,3 +44,43 @@ def test_every_logged_name_is_explained():
     names += ["area_others", "smooth_features", "smooth_masks"]
     for name in names:
         assert f"`{name}`" in section and json.dumps(name) in source, name
+
+
+def documented(path) -> dict[str, str | None]:
+    """Docstrings of a file's public names, methods as Class.method; None for plain variables."""
+    found: dict[str, str | None] = {}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign):
+            found |= {target.id: None for target in node.targets if isinstance(target, ast.Name)}
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+            continue
+        found[node.name] = ast.get_docstring(node)
+        for method in node.body if isinstance(node, ast.ClassDef) else ():
+            if isinstance(method, ast.FunctionDef):
+                found[f"{node.name}.{method.name}"] = ast.get_docstring(method)
+    return {name: text for name, text in found.items() if not name.startswith("_")}
+
+
+def test_every_equation_has_one_docstring_and_the_readme_leads_there():
+    homes = collections.defaultdict(list)
+    for path in [*ROOT.glob("*.py"), *(ROOT / "datasets").glob("*.py")]:
+        for name, text in documented(path).items():
+            for equation in set(re.findall(r"Eq\. (3\.\d)", text or "")):
+                homes[equation].append((path.name, name))
+    assert sorted(homes) == [f"3.{i}" for i in range(1, 9)]
+    for equation, places in homes.items():
+        ((file, name),) = places
+        row = re.search(rf"\| Eq\. {equation} \| (.*?) \|", README).group(1)
+        assert f"`{file}`" in row and f"`{name}`" in row, (equation, row)
+
+
+def test_what_reading_along_names_exists():
+    section = README.split("## Reading along")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| .* \| (`.*`) \| .* \|$", section, re.MULTILINE)
+    assert len(rows) >= 18
+    for row in rows:
+        for part in row.split("; "):
+            file, names = part.split(": ")
+            known = documented(ROOT / file.strip("`"))
+            for name in names.split(", "):
+                assert name.strip("`") in known, (file, name)

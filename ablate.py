@@ -1,0 +1,346 @@
+"""The thesis's ablations (sections 4.4, 4.5) on the shapes world: a table and a contact sheet.
+
+    python ablate.py                             # every row, three seeds: some hours of one core
+    python ablate.py --rows baseline c cw cwr    # table 4.2 alone
+
+Every run is a `train.py` of its own under --out, one core each. What is done is skipped and what
+was interrupted goes on, so the command can be stopped at any time and given again. It writes
+ablation.md and ablation.png, of all rows that are done, into --results.
+"""
+
+import concurrent.futures
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from checkpoint import load_model
+from clip import end_of_text, noun_prompts, text_hidden, tokenize
+from config import MASK_PRESETS, MaskConfig, UserError, option, parse, run, save_text
+from data import select_nouns, shapes_tagger
+from datasets import shapes
+from draw import below, contact_sheet, legend, overlay, palette, save_png
+from evaluate import IoU, Segmenter, load_benchmark, load_method, make_segmenter, winners
+from model import CoDe, word_mask
+
+
+@dataclass
+class AblateConfig:
+    """Which rows, over which seeds."""
+
+    rows: tuple[str, ...] = option((), "rows to train and to show (default: all)")
+    seeds: tuple[int, ...] = option((0, 1, 2), "training seeds; the table gives mean and deviation")
+    steps: int | None = option(None, "training steps (default: the preset's)", low=1)
+    scenes: int = option(500, "held-out scenes that the figures are measured on", low=1)
+    jobs: int = option(os.cpu_count() or 1, "runs at the same time, one thread each", low=1)
+    out: str = option("out/ablation", "folder for the runs, ROW/SEED")
+    results: str = option("results", "folder for ablation.md and ablation.png")
+
+
+@dataclass
+class Row:
+    """One variant: what `train.py` is told, the row it is compared with, the thesis's average."""
+
+    title: str
+    options: tuple[str, ...]
+    against: str | None
+    thesis: float | None = None  # mIoU over six benchmarks
+
+
+ROWS = {
+    "baseline": Row("image segmenter only", ("--no-co-decomposition",), None, 29.8),
+    "c": Row("+ C", ("--no-word-prompt", "--no-region-prompt"), "baseline", 31.0),
+    "cw": Row("+ C + W", ("--no-region-prompt",), "c", 31.3),
+    "cr": Row("+ C + R", ("--no-word-prompt",), "c"),
+    "cwr": Row("+ C + W + R (CoDe)", (), "cw", 31.8),
+    "hcl_0.05": Row("λ_hcl = 0.05", ("--lambda-hcl", "0.05"), "cwr", 30.6),
+    "hcl_0.1": Row("λ_hcl = 0.1", ("--lambda-hcl", "0.1"), "cwr", 31.2),
+    "hcl_0.25": Row("λ_hcl = 0.25", ("--lambda-hcl", "0.25"), "cwr", 31.7),
+    "hcl_0.75": Row("λ_hcl = 0.75", ("--lambda-hcl", "0.75"), "cwr", 31.5),
+    "hcl_1.0": Row("λ_hcl = 1.0", ("--lambda-hcl", "1.0"), "cwr", 30.8),
+    "nouns": Row("bare noun embeddings", ("--no-word-segments",), "cwr", 30.2),
+    "release": Row("released pseudo-labels", ("--pseudo-labels", "release"), "cwr"),
+}
+TABLES = {
+    "The parts of the method (the thesis's table 4.2)": ("baseline", "c", "cw", "cr", "cwr"),
+    "The weight of L_hcl (table 4.3)": (
+        *("hcl_0.05", "hcl_0.1", "hcl_0.25", "cwr", "hcl_0.75", "hcl_1.0"),
+    ),
+    "What a region is aligned with (section 4.4), and the pseudo-labels of L_seg^t": (
+        *("cwr", "nouns", "release"),
+    ),
+}
+THRESHOLDS = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)  # of the background; 0.4 is the thesis's
+
+
+# --- one run --------------------------------------------------------------------------------------
+
+
+def train(row: Row, seed: int, folder: Path, config: AblateConfig) -> None:
+    """Train to the end in a process of its own, going on from its last checkpoint if it has one."""
+    command = [sys.executable, str(Path(__file__).with_name("train.py")), "--preset", "shapes"]
+    command += ["--seed", str(seed), "--out", str(folder), "--workers", "0", *row.options]
+    command += ["--checkpoint-every", "100"]
+    command += ["--steps", str(config.steps)] if config.steps else []
+    command += ["--resume"] if (folder / "last.pt").exists() else []
+    settings = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(command, env=settings, capture_output=True, text=True)
+    if done.returncode:
+        line = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"{folder}: training ended with exit code {done.returncode}: {line}")
+    if torch.load(folder / "last.pt", weights_only=True)["step"] < planned_steps(folder):
+        raise KeyboardInterrupt  # it was told to stop, and saved
+
+
+def planned_steps(folder: Path) -> int:
+    return json.loads((folder / "config.json").read_text())["train"]["steps"]
+
+
+def training_seconds(folder: Path) -> float:
+    """From the log's median speed, so that interruptions do not count."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    settings = json.loads((folder / "config.json").read_text())["train"]
+    speed = statistics.median(line["pairs_per_second"] for line in lines)
+    return settings["steps"] * settings["batch_size"] / speed
+
+
+def segmenter_of(checkpoint: Path | None) -> Segmenter:
+    """The refined segmenter of a run on the held-out scenes; without a checkpoint, MaskCLIP's."""
+    method = "code" if checkpoint else "maskclip"
+    path = str(checkpoint) if checkpoint else None
+    settings = MaskConfig(**MASK_PRESETS["shapes"], checkpoint=path, method=method)
+    clip, model = load_method(settings, torch.device("cpu"))
+    return make_segmenter(clip, model, load_benchmark("shapes", ""), settings)
+
+
+def mean_ious(segmenter: Segmenter, scenes: int) -> dict[str, float]:
+    """mIoU on held-out scenes at every threshold of the background, masks being made once."""
+    benchmark = load_benchmark("shapes", "")
+    sums = {threshold: IoU(len(benchmark.class_names)) for threshold in THRESHOLDS}
+    for i in range(scenes):
+        image = benchmark.image(i)
+        best, index = winners(segmenter.planes(image, torch.device("cpu")), image.size[::-1])
+        for threshold, iou in sums.items():
+            iou.add(torch.where(best > threshold, index + 1, 0).numpy(), benchmark.label(i))
+    return {str(threshold): iou.mean() for threshold, iou in sums.items()}
+
+
+def nouns_of_words(words: Sequence[str]) -> list[str | None]:
+    """The noun that each word of a shapes caption speaks of: itself, or an adjective's noun.
+
+    Adjectives stand before their noun, or after "is" and then speak of the caption's first noun.
+    """
+    adjectives = {*shapes.COLOURS, *shapes.PATTERNS, *shapes.SMALL, *shapes.LARGE}
+    first = next((word for word in words if word in shapes.NOUNS), None)
+    nouns: list[str | None] = []
+    for i, word in enumerate(words):
+        if word in shapes.NOUNS:
+            nouns.append(word)
+        elif word not in adjectives:
+            nouns.append(None)
+        elif words[i - 1] == "is":
+            nouns.append(first)
+        else:
+            nouns.append(next((w for w in words[i:] if w in shapes.NOUNS), None))
+    return nouns
+
+
+@torch.no_grad()
+def words_in_place(model: CoDe, scenes: int) -> dict[str, float]:
+    """Percent of noun words, and of adjectives, whose likeliest segment is that of their noun.
+
+    Two nouns of each held-out caption are asked for, as in training.
+    """
+    found: dict[str, list[bool]] = {"nouns": [], "adjectives": []}
+    for i in range(scenes):
+        words = shapes.scene("test", i).caption.replace(",", "").split()
+        asked = select_nouns(" ".join(words), shapes_tagger())
+        if len(asked) < 2:
+            continue
+        asked = [asked[k] for k in np.random.default_rng(i).permutation(len(asked))[:2]]
+        tokens = tokenize([" ".join(words)])  # every word of this world is one token
+        hidden = text_hidden(model.clip, model.clip.token_embedding(tokens))
+        x_t = model.text_segmenter(hidden, end_of_text(tokens))
+        n = model.noun_embedding(noun_prompts(asked, len(model.context)))[:, None]
+        cases = word_mask(model.text_segmenter.word_logits(x_t, n))[0].argmax(0)[1:-1].tolist()
+        for word, noun, case in zip(words, nouns_of_words(words), cases):
+            if noun in asked:
+                kind = "nouns" if word == noun else "adjectives"
+                found[kind].append(case == 1 + asked.index(noun))
+    return {kind: 100 * statistics.mean(values) for kind, values in found.items()}
+
+
+def run_once(name: str, seed: int, config: AblateConfig) -> None:
+    """Train and measure one row with one seed, unless its figures are there."""
+    folder = Path(config.out) / name / str(seed)
+    train(ROWS[name], seed, folder, config)
+    model = load_model(str(folder / "last.pt"), torch.device("cpu"))
+    figures = {"mIoU": mean_ious(segmenter_of(folder / "last.pt"), config.scenes)}
+    if model.decomposes_text:
+        figures["words"] = words_in_place(model, config.scenes)
+    asked = {"options": list(ROWS[name].options), "steps": planned_steps(folder)}
+    figures |= {"seconds": training_seconds(folder), "scenes": config.scenes, "asked": asked}
+    save_text(json.dumps(figures, indent=1), folder / "figures.json")
+
+
+def run_all(names: Sequence[str], config: AblateConfig) -> None:
+    """All runs that are missing, `jobs` at a time."""
+    wanted = [(name, seed) for seed in config.seeds for name in names]
+    folders = {job: Path(config.out) / job[0] / str(job[1]) for job in wanted}
+    missing = [job for job, folder in folders.items() if not (folder / "figures.json").exists()]
+    print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are done", flush=True)
+    torch.set_num_threads(1)
+    start = time.time()
+    with concurrent.futures.ThreadPoolExecutor(config.jobs) as pool:
+        futures = {pool.submit(run_once, *job, config): job for job in missing}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+                print(f"{folders[futures[future]]}: done, {time.time() - start:.0f} s", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+# --- what is written ------------------------------------------------------------------------------
+
+
+def finished(names: Sequence[str], config: AblateConfig) -> dict[str, list[dict]]:
+    """Figures of every row that has all its seeds."""
+    rows = {}
+    for name in names:
+        paths = [Path(config.out) / name / str(seed) / "figures.json" for seed in config.seeds]
+        if not all(path.exists() for path in paths):
+            continue
+        rows[name] = [json.loads(path.read_text()) for path in paths]
+        for figures, path in zip(rows[name], paths):
+            asked = list(ROWS[name].options), config.steps, config.scenes
+            steps = figures["asked"]["steps"] if config.steps else None
+            if asked != (figures["asked"]["options"], steps, figures["scenes"]):
+                raise UserError(
+                    f"{path}: of other options; remove its folder, or name another --out"
+                )
+    return rows
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def verdict(values: Sequence[float], others: Sequence[float]) -> str:
+    """The difference of two rows' means, and whether it exceeds the noise of their seeds.
+
+    2.8 standard errors: Student's t at 95 % for two rows of three seeds.
+    """
+    (mean, deviation), (other, other_deviation) = spread(values), spread(others)
+    error = math.sqrt(deviation**2 / len(values) + other_deviation**2 / len(others))
+    if math.isnan(error):
+        return f"{mean - other:+.1f} (one seed)"
+    side = "**beyond** the noise" if abs(mean - other) > 2.8 * error else "inside the noise"
+    return f"{mean - other:+.1f} ± {error:.1f}, {side}"
+
+
+def table(names: Sequence[str], rows: dict[str, list[dict]]) -> list[str]:
+    """Markdown lines of one table."""
+    lines = [
+        "| | mIoU | at its best threshold | difference | nouns / adjectives in place "
+        "| minutes a run | thesis (avg. of six) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    names = [name for name in names if name in rows]
+    for name in names:
+        at = {t: [f["mIoU"][str(t)] for f in rows[name]] for t in THRESHOLDS}
+        best = max(THRESHOLDS, key=lambda t: statistics.mean(at[t]))
+        other, difference = ROWS[name].against, ""
+        if other in names:
+            difference = verdict(at[0.4], [f["mIoU"]["0.4"] for f in rows[other]])
+            difference += f" (to {ROWS[other].title})"
+        words = ""
+        if "words" in rows[name][0]:
+            shares = [
+                spread([f["words"][k] for f in rows[name]])[0] for k in ("nouns", "adjectives")
+            ]
+            words = f"{shares[0]:.0f} % / {shares[1]:.0f} %"
+        mean, deviation = spread(at[0.4])
+        best_mean, best_deviation = spread(at[best])
+        thesis = ROWS[name].thesis
+        cells = [
+            ROWS[name].title,
+            f"{mean:.1f} ± {deviation:.1f}",
+            f"{best_mean:.1f} ± {best_deviation:.1f} ({best})",
+            difference,
+            words,
+            f"{statistics.mean(f['seconds'] for f in rows[name]) / 60:.1f}",
+            "" if thesis is None else f"{thesis:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def report(rows: dict[str, list[dict]], maskclip: dict, config: AblateConfig) -> str:
+    """results/ablation.md."""
+    some = next(iter(rows.values()))[0]
+    lines = [
+        "# Ablations on the shapes world",
+        "",
+        f"Made by `python ablate.py`: {some['asked']['steps']} steps a run, seeds "
+        f"{', '.join(map(str, config.seeds))}; mIoU with background in percent on "
+        f"{config.scenes} held-out scenes, refined, threshold 0.4: mean ± standard deviation of "
+        "the seeds. A difference is beyond the noise when it exceeds 2.8 of its standard errors "
+        "(95 % for three seeds a row). *In place*: words whose likeliest segment (Eq. 3.3) is "
+        "that of their noun. The last column is the thesis's own, ViT-B/16 on six benchmarks, "
+        "not measured here.",
+        "",
+        f"Without any training (MaskCLIP): {maskclip['0.4']:.1f}.",
+    ]
+    for title, names in TABLES.items():
+        if any(name in rows for name in names):
+            lines += ["", f"## {title}", "", *table(names, rows)]
+    lines += ["", "![Scenes, ground truth and what each row of the first table makes of them]"]
+    lines[-1] += "(ablation.png)"
+    return "\n".join(lines)
+
+
+def sheet(rows: dict[str, list[dict]], config: AblateConfig, scenes: int = 6):
+    """The thesis's figure 4.3: image, ground truth and every variant of table 4.2."""
+    names = [name for name in next(iter(TABLES.values())) if name in rows]
+    paths = [Path(config.out) / name / str(config.seeds[0]) / "last.pt" for name in names]
+    segmenters = [segmenter_of(path) for path in (None, *paths)]
+    benchmark, colours = load_benchmark("shapes", ""), palette(len(shapes.OBJECTS))
+    lines = []
+    for i in range(scenes):
+        image, maps = benchmark.image(i), [benchmark.label(i).astype(int)]
+        maps += [s.label_map(image, torch.device("cpu"), True).numpy() for s in segmenters]
+        lines.append([image, *(overlay(image, labels - 1, colours) for labels in maps)])
+    titles = ["image", "ground truth", "MaskCLIP", *(ROWS[name].title for name in names)]
+    titles = ["baseline" if title == "image segmenter only" else title for title in titles]
+    picture = contact_sheet(lines, titles)
+    return below(picture, legend(list(shapes.OBJECTS), colours, picture.width))
+
+
+def main() -> None:
+    (config,) = parse(__doc__, AblateConfig)
+    names = config.rows or tuple(ROWS)
+    if unknown := [name for name in names if name not in ROWS]:
+        raise UserError(f"--rows {unknown[0]}: not one of {', '.join(ROWS)}")
+    finished(names, config)  # figures of other options, before the hours
+    run_all(names, config)
+    rows, results = finished(names, config), Path(config.results)
+    text = report(rows, mean_ious(segmenter_of(None), config.scenes), config)
+    save_png(sheet(rows, config), results / "ablation.png")
+    save_text(text, results / "ablation.md")
+    print(f"{text}\n\n{results / 'ablation.md'}, {results / 'ablation.png'}")
+
+
+if __name__ == "__main__":
+    run(main)

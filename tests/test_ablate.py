@@ -1,0 +1,105 @@
+"""ablate.py: what its tables say follows from the runs, and the runs survive being stopped."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ablate import ROWS, TABLES, nouns_of_words, spread, table, verdict
+
+ROOT = Path(__file__).parents[1]
+
+
+def figures(mious: tuple[float, ...]) -> list[dict]:
+    every = ("0.3", "0.35", "0.4", "0.45", "0.5", "0.55", "0.6")
+    return [{"mIoU": {t: m + (t == "0.35") for t in every}, "seconds": 90.0} for m in mious]
+
+
+def test_spread_and_verdict():
+    assert spread([1.0, 2.0, 3.0]) == (2.0, 1.0)
+    assert verdict([5.0, 6.0, 7.0], [1.0, 2.0, 3.0]) == "+4.0 ± 0.8, **beyond** the noise"
+    assert verdict([2.0, 3.0, 4.0], [1.0, 2.0, 3.0]) == "+1.0 ± 0.8, inside the noise"
+    assert verdict([1.0, 2.0, 3.0], [5.0, 6.0, 7.0]).startswith("-4.0 ± 0.8, **beyond**")
+    assert verdict([2.0], [1.0]) == "+1.0 (one seed)"
+    assert math.isnan(spread([1.0])[1])
+
+
+def test_rows_of_the_tables():
+    rows = {"baseline": figures((50.0, 51.0, 52.0)), "c": figures((54.0, 55.0, 56.0))}
+    lines = table(("baseline", "c", "cw"), rows)
+    assert len(lines) == 4  # cw is not done
+    assert lines[2].split(" | ")[1:4] == ["51.0 ± 1.0", "52.0 ± 1.0 (0.35)", ""]
+    assert "+4.0 ± 0.8, **beyond** the noise (to image segmenter only)" in lines[3]
+    assert "| 1.5 | 31.0 |" in lines[3]
+    named = [name for names in TABLES.values() for name in names]
+    assert set(named) == set(ROWS)
+
+
+def test_which_noun_a_word_speaks_of():
+    words = ["the", "star", "is", "golden", "and", "near", "it", "is", "a", "box"]
+    nouns = [None, "star", None, "star", None, None, None, None, None, "box"]
+    assert nouns_of_words(words) == nouns
+    words = ["a", "small", "red", "bug", "on", "sand"]
+    assert nouns_of_words(words) == [None, "bug", "bug", "bug", None, "sand"]
+
+
+def ablate(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "ablate.py", "--out", str(folder), "--results", str(folder / "r")]
+    command += ["--steps", "3", "--scenes", "3", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+def test_it_trains_measures_draws_and_skips_what_is_done(tmp_path):
+    """Real runs of three steps; slow because each is a process of its own."""
+    done = ablate(tmp_path, "--rows", "baseline", "cwr", "--seeds", "0")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "r" / "ablation.md").read_text()
+    assert "0 of 2 runs are done" in done.stdout and "(one seed)" not in text
+    found = json.loads((tmp_path / "cwr" / "0" / "figures.json").read_text())
+    assert found["mIoU"]["0.4"] >= 0 and set(found["words"]) == {"nouns", "adjectives"}
+    assert f"| + C + W + R (CoDe) | {found['mIoU']['0.4']:.1f} ± nan |" in text
+    assert "29.8" in text and "not measured here" in text
+    with Image.open(tmp_path / "r" / "ablation.png") as sheet:
+        assert sheet.width > 5 * 160
+
+    # A run that was stopped before its end goes on; a done one is left alone.
+    before = (tmp_path / "baseline" / "0" / "figures.json").stat().st_mtime_ns
+    (tmp_path / "cwr" / "0" / "figures.json").unlink()
+    again = ablate(tmp_path, "--rows", "baseline", "cwr", "--seeds", "0")
+    assert again.returncode == 0 and "1 of 2 runs are done" in again.stdout, again.stderr
+    assert (tmp_path / "baseline" / "0" / "figures.json").stat().st_mtime_ns == before
+    assert json.loads((tmp_path / "cwr" / "0" / "figures.json").read_text()) == found
+
+    other = ablate(tmp_path, "--rows", "baseline", "--seeds", "0", "--scenes", "4")
+    assert other.returncode == 2 and "of other options" in other.stderr
+    assert len(other.stderr.strip().splitlines()) == 1
+
+
+def test_an_unknown_row_is_one_line(tmp_path):
+    done = ablate(tmp_path, "--rows", "cd")
+    assert done.returncode == 2 and "--rows cd: not one of baseline, c," in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_is_a_command_line_that_train_takes(row):
+    from config import LossConfig, ModelConfig, TrainConfig, parse
+
+    sys.argv, before = ["train.py", *ROWS[row].options], sys.argv
+    try:
+        train, model, loss = parse("", TrainConfig, ModelConfig, LossConfig)
+    finally:
+        sys.argv = before
+    changed = {"baseline": not model.co_decomposition, "nouns": not model.word_segments}
+    changed |= {"c": not model.word_prompt and not model.region_prompt}
+    changed |= {"cw": model.word_prompt and not model.region_prompt}
+    changed |= {"cr": model.region_prompt and not model.word_prompt}
+    changed |= {"cwr": model == ModelConfig(), "release": loss.pseudo_labels == "release"}
+    changed |= {f"hcl_{value}": loss.lambda_hcl == value for value in (0.05, 0.1, 0.25, 0.75, 1.0)}
+    assert changed[row]
