@@ -2,10 +2,12 @@
 
 import os
 import pickle
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
 import torch.distributed as dist
 
@@ -34,9 +36,26 @@ def save_atomically(content: dict[str, Any], path: str | Path) -> None:
 def model_content(model: CoDe) -> dict[str, Any]:
     """What a checkpoint must hold to rebuild a model: the learned tensors and the configuration.
 
-    CLIP's frozen weights are named, not stored.
+    CLIP's frozen weights are named, not stored; a fingerprint tells others of the same name.
     """
-    return {"model": model.learned_state(), "model_config": asdict(model.config)}
+    return {
+        "model": model.learned_state(),
+        "model_config": asdict(model.config),
+        "clip": fingerprint(model.clip),
+    }
+
+
+def fingerprint(clip: open_clip.CLIP) -> int:
+    """A checksum of both projections, which no two trainings share."""
+    weights = torch.cat([clip.visual.proj.flatten(), clip.text_projection.flatten()])
+    return zlib.crc32(weights.detach().cpu().numpy().tobytes())
+
+
+def check_clip(content: dict[str, Any], model: CoDe, path: str | Path) -> None:
+    """Raises UserError where a checkpoint was trained with other weights than the model's CLIP."""
+    if content.get("clip", fingerprint(model.clip)) != fingerprint(model.clip):
+        weights = f"{model.config.clip} ({model.config.clip_weights})"
+        raise UserError(f"{path}: trained with other weights of CLIP than {weights} now has")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -73,6 +92,7 @@ def load_model(path: str | Path, device: torch.device) -> CoDe:
     except TypeError as error:  # a field that this version does not have
         raise UserError(f"{path} is of another version of this program ({error})") from None
     model = CoDe(load_clip(config.clip, config.clip_weights), config)
+    check_clip(content, model, path)
     load_learned(model, content["model"], path)
     return model.to(device).eval()
 

@@ -12,8 +12,8 @@ laptop needs two kinds:
 - *CutMix*: a rectangle of patches comes from another picture, and the tokens of either region
   before the last block, averaged, must tell the words of its own caption (through another head
   that is thrown away). Without it the transformer parks an object's identity in background
-  patches. At a small share of that weight the dense value features that MaskCLIP reads must match the
-  embeddings of the region's nouns; without this small share they say nothing of backgrounds.
+  patches. With a small weight the dense value features that MaskCLIP reads must match the
+  embeddings of the region's nouns; without this share they say nothing of backgrounds.
 """
 
 import math

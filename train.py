@@ -9,9 +9,7 @@ Examples:
 import collections
 import json
 import math
-import resource
 import signal
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -20,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from checkpoint import (
+    check_clip,
     load_learned,
     model_content,
     places_to_go_on,
@@ -51,7 +49,8 @@ from config import (
 )
 from data import Batch, PairStream, Tagger, make_loader, nltk_tagger, shapes_tagger
 from evaluate import evaluate, load_benchmark, make_segmenter
-from losses import capped_scale, code_losses, local_rows
+from log import Log
+from losses import code_losses, local_rows
 from model import CoDe
 from sources import Folder, ShapesWorld, Shards
 
@@ -112,6 +111,10 @@ def check_options(config: TrainConfig, loss_config: LossConfig) -> None:
         raise UserError(f"--preset {config.preset}: not one of {', '.join(TRAIN_PRESETS)}")
     if loss_config.pseudo_labels not in ("thesis", "release"):
         raise UserError(f"--pseudo-labels {loss_config.pseudo_labels}: 'thesis' or 'release'")
+    sources = {"--pairs": config.pairs, "--preset shapes": config.preset == "shapes"}
+    sources["--shards"] = config.shards != TrainConfig().shards
+    if len(asked := [name for name, given in sources.items() if given]) > 1:
+        raise UserError(f"{asked[0]} and {asked[1]} are two sources of pairs: give one of them")
     if config.batch_size % process_count():
         raise UserError(
             f"--batch-size {config.batch_size}: must be a multiple of the {process_count()} "
@@ -136,13 +139,18 @@ def main() -> None:
     out = Path(config.out)
     content = read_run(out / "last.pt", config, model_config, loss_config) if config.resume else {}
     if config.eval_dataset:
-        load_benchmark(config.eval_dataset, config.eval_root)  # not after an hour
+        try:
+            load_benchmark(config.eval_dataset, config.eval_root)  # not after an hour
+        except UserError as error:
+            text = str(error).replace("--root", "--eval-root")
+            raise UserError(text.replace("--dataset", "--eval-dataset")) from None
 
     torch.manual_seed(config.seed)
     model = CoDe(load_clip(model_config.clip, model_config.clip_weights), model_config).to(device)
     optimizer = make_optimizer(model, config)
     step, best, places, turn = 0, -1.0, {}, 0
     if content:
+        check_clip(content, model, out / "last.pt")
         load_learned(model, content["model"], out / "last.pt")
         optimizer.load_state_dict(content["optimizer"])
         step, best = content["step"], content["best"]
@@ -243,7 +251,8 @@ def main() -> None:
                     f"changed by it; --resume goes on from {out}/last.pt if there is one"
                 )
             if log:
-                log.write(step, model, terms, norm, decomposition, waited, skipped)
+                rate = learning_rate(step - 1, config)
+                log.write(step, rate, model, terms, norm, decomposition, waited, skipped)
             waited = 0.0
         due = step % config.checkpoint_every == 0 or last or stop
         if config.eval_dataset and (step % config.eval_every == 0 or last):
@@ -277,69 +286,6 @@ def agreed(stop: bool, device: torch.device) -> bool:
     flag = torch.tensor(int(stop), device=device)
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag.item())
-
-
-class Log:
-    """What process 0 tells: log.jsonl, the progress bar, and TensorBoard if it is asked for."""
-
-    def __init__(self, out: Path, config: TrainConfig, step: int):
-        self.path, self.config = out / "log.jsonl", config
-        if self.path.exists():  # lines from after the checkpoint that the run goes on from
-            lines = self.path.read_text().splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]  # not one cut off by a kill
-            kept = [line for line in whole if json.loads(line)["step"] <= step]
-            save_text("".join(kept).rstrip("\n"), self.path) if kept else self.path.unlink()
-        self.bar = tqdm(total=config.steps, initial=step, desc="training", file=sys.stderr)
-        self.board = None
-        if config.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("--tensorboard: `pip install tensorboard` is missing") from None
-            self.board = SummaryWriter(str(out))
-        self.tick, self.step = time.perf_counter(), step
-
-    def write(self, step: int, model: CoDe, terms: dict, norm: Tensor, d, waited: float, skipped):
-        """Read the values off the device and tell them. waited: seconds without data."""
-        seconds, steps = time.perf_counter() - self.tick, step - self.step
-        line = {"step": step, "lr": learning_rate(step - 1, self.config)}
-        line |= {name: value.item() for name, value in terms.items()}
-        line |= {
-            "grad_norm": norm.item(),
-            "mask_area": d.masks.mean().item(),
-            "pairs_per_second": steps * self.config.batch_size / seconds,
-            "data_wait": waited / seconds,
-            "memory_mb": memory_mb(norm.device),
-            "skipped": dict(skipped),
-        }
-        for name, value in model.named_parameters():
-            if name.endswith("_log_scale"):
-                temperature = 1 / capped_scale(value).item()
-                line[name.replace("log_scale", "temperature")] = temperature
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-        if self.board:
-            for name, value in line.items():
-                if name != "skipped":
-                    self.board.add_scalar(name, value, step)
-        shown = {"loss": f"{line['total']:.3f}", "lr": f"{line['lr']:.1e}"}
-        shown |= {"pairs/s": f"{line['pairs_per_second']:.0f}", "wait": f"{line['data_wait']:.0%}"}
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(steps)
-        self.tick, self.step = time.perf_counter(), step
-
-    def close(self) -> None:
-        self.bar.close()
-        if self.board:
-            self.board.close()
-
-
-def memory_mb(device: torch.device) -> float:
-    """Peak memory so far: the GPU's if there is one, otherwise this process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def evaluate_model(model: CoDe, config: TrainConfig, device: torch.device) -> float:

@@ -37,7 +37,7 @@ def test_every_file_and_benchmark_exists():
 def test_every_logged_name_is_explained():
     import json
 
-    source = (ROOT / "train.py").read_text() + (ROOT / "losses.py").read_text()
+    source = (ROOT / "log.py").read_text() + (ROOT / "losses.py").read_text()
     section = README.split("## What `log.jsonl` holds")[1]
     names = ["total", "kg", "seg_t", "hcl", "lr", "grad_norm", "mask_area", "pairs_per_second"]
     names += ["data_wait", "memory_mb", "skipped", "image_contrast", "region_contrast", "area"]

@@ -15,8 +15,10 @@ from test_data import NLTK_DATA
 from test_parallel import free_port
 from test_released import ROOT
 
-from checkpoint import load_model, read_checkpoint, save_atomically
-from config import MaskConfig, TrainConfig, UserError
+from checkpoint import load_model, model_content, read_checkpoint, save_atomically
+from clip import load_clip
+from config import MaskConfig, ModelConfig, TrainConfig, UserError
+from model import CoDe
 from train import learning_rate, make_scaler
 
 TINY = ("--preset", "shapes", "--batch-size", "4", "--log-every", "1", "--warmup", "0.2")
@@ -277,6 +279,10 @@ def test_learning_rate():
         (("--preset", "shapes", "--clip", "RN50", "--clip-weights", "none"), "only plain ViTs"),
         (("--preset", "shapes", "--clip", "ViT-Z"), "open_clip has no such model"),
         (("--preset", "shapes", "--resume", "--out", "nowhere"), "nowhere/last.pt: no such"),
+        (("--preset", "shapes", "--pairs", "."), "--pairs and --preset shapes are two sources"),
+        (("--pairs", ".", "--shards", "a.tar"), "--pairs and --shards are two sources"),
+        (("--preset", "shapes", "--eval-dataset", "voc"), "--eval-root data should hold"),
+        (("--preset", "shapes", "--eval-dataset", "vac"), "--eval-dataset vac: not one of"),
         (("--preset", "shapes", "--pseudo-labels", "best"), "'thesis' or 'release'"),
     ],
 )
@@ -316,6 +322,18 @@ def test_loading_a_checkpoint_executes_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError):
         load_model("bomb.pt", torch.device("cpu"))
     assert not Path("exploded").exists()
+
+
+def test_a_checkpoint_of_another_clip_of_the_same_name_is_refused(tmp_path):
+    config = ModelConfig(clip="shapes", context_init="a photo of a")
+    content = model_content(CoDe(load_clip("shapes"), config))
+    save_atomically(content, tmp_path / "same.pt")
+    assert load_model(tmp_path / "same.pt", torch.device("cpu")).config == config
+    save_atomically(content | {"clip": 1}, tmp_path / "other.pt")
+    with pytest.raises(
+        UserError, match=r"other\.pt: trained with other weights of CLIP than shapes"
+    ):
+        load_model(tmp_path / "other.pt", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 broken", b"hello"])
