@@ -1,5 +1,6 @@
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -9,7 +10,7 @@ import open_clip  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from config import ModelConfig  # noqa: E402
+from config import ModelConfig, run  # noqa: E402
 from model import CoDe  # noqa: E402
 
 
@@ -40,3 +41,18 @@ def random_model(seed: int = 0, **changes) -> CoDe:
 @pytest.fixture
 def model() -> CoDe:
     return random_model()
+
+
+@pytest.fixture
+def mistake(monkeypatch, capsys) -> Callable:
+    """Run a script's main on arguments that are wrong: one line on stderr, exit code 2."""
+
+    def said(main: Callable, *arguments) -> str:
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            run(main)
+        line = capsys.readouterr().err
+        assert left.value.code == 2 and len(line.strip().splitlines()) == 1, line
+        return line
+
+    return said

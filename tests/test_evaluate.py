@@ -25,7 +25,7 @@ from datasets import (
     voc,
     voc20,
 )
-from evaluate import IoU, Segmenter, load_benchmark, window_starts
+from evaluate import IoU, Segmenter, load_benchmark, main, window_starts
 
 ROOT = Path(__file__).parents[1]
 
@@ -302,10 +302,14 @@ def test_missing_split_and_empty_split(tmp_path):
         (("--device", "cuda:99", "--method", "maskclip"), "--device cuda:99"),
     ],
 )
-def test_mistakes_on_the_command_line_are_one_line_and_exit_code_2(arguments, words):
-    done = run("evaluate.py", *arguments)
-    assert done.returncode == 2
-    assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+def test_mistakes_on_the_command_line_are_one_line_and_exit_code_2(arguments, words, mistake):
+    assert words in mistake(main, *arguments)
+
+
+def test_a_mistake_in_a_process_of_its_own():
+    done = run("evaluate.py", "--dataset", "imagenet")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("evaluate.py: error: --dataset imagenet")
 
 
 # --- the real thing -------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from PIL import Image
 
 from checkpoint import load_model, model_content, save_atomically
 from clip import load_clip
-from config import MASK_PRESETS, TRAIN_PRESETS, MaskConfig, ModelConfig, UserError, run
+from config import MASK_PRESETS, TRAIN_PRESETS, MaskConfig, ModelConfig, UserError
 from datasets import shapes
 from draw import heat
 from evaluate import Segmenter
@@ -135,15 +135,10 @@ def test_any_mode_and_orientation_and_a_bad_one_between_them(world, tmp_path):
         (("nothing", "bug"), "no pictures (.jpg"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(world, arguments, message, monkeypatch, capsys):
+def test_mistakes_are_one_line_and_exit_code_2(world, arguments, message, monkeypatch, mistake):
     (world / "nothing").mkdir(exist_ok=True)
     monkeypatch.chdir(world)
-    monkeypatch.setattr(sys, "argv", ["segment.py", *OPTIONS, *arguments])
-    with pytest.raises(SystemExit) as left:
-        run(main)
-    said = capsys.readouterr().err
-    assert left.value.code == 2 and message in said, said
-    assert len(said.strip().splitlines()) == 1
+    assert message in mistake(main, *OPTIONS, *arguments)
 
 
 def test_words_and_pictures_may_come_in_any_order(world):
