@@ -25,15 +25,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import clip as clip_functions
 import evaluate as evaluation
 import model as method
 from clip import embed_texts, load_clip, tokenize, visual_hidden
@@ -88,23 +90,30 @@ def plain_pamr(
 
 
 def plain_upsample_and_convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    return conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    up = F.interpolate(x.movedim(-1, 1), scale_factor=2, mode="nearest")
+    return conv(up).movedim(1, -1)
 
 
-def plain_embed_texts(clip: open_clip.CLIP, tokens: Tensor) -> Tensor:
-    """All 77 positions of every text."""
-    return embed_texts(clip, F.pad(tokens, (0, 77 - tokens.shape[1])))
+def plain_block(
+    block: ResidualAttentionBlock, x: Tensor, mask: Tensor | None = None, tokens: int | None = None
+) -> Tensor:
+    """open_clip's own forward pass of a block, at all positions."""
+    if mask is not None:
+        full = mask.expand(len(x), block.attn.num_heads, x.shape[1], x.shape[1]).flatten(0, 1)
+        mask = torch.zeros(full.shape).masked_fill(~full, -torch.inf)
+    return block(x, attn_mask=mask)[:, :tokens]
 
 
 @contextlib.contextmanager
 def textbook():
     """Ours with every piece replaced by its textbook form."""
-    ours = method.upsample_and_convolve, evaluation.pamr
-    method.upsample_and_convolve, evaluation.pamr = plain_upsample_and_convolve, plain_pamr
-    try:
+    with (
+        mock.patch.object(method, "upsample_and_convolve", plain_upsample_and_convolve),
+        mock.patch.object(method, "transformer_block", plain_block),
+        mock.patch.object(clip_functions, "transformer_block", plain_block),
+        mock.patch.object(evaluation, "pamr", plain_pamr),
+    ):
         yield
-    finally:
-        method.upsample_and_convolve, evaluation.pamr = ours
 
 
 # --- measuring ------------------------------------------------------------------------------------
@@ -202,7 +211,12 @@ def upsampling(repeats: int) -> dict:
 def text(repeats: int) -> dict:
     clip = make_model().clip
     tokens = tokenize([f"a photo of a {name}." for name in voc.CLASS_NAMES])
-    plain = torch.no_grad()(lambda: plain_embed_texts(clip, tokens))
+
+    @torch.no_grad()
+    def plain():
+        with textbook():
+            embed_texts(clip, F.pad(tokens, (0, 77 - tokens.shape[1])))
+
     ours = torch.no_grad()(lambda: embed_texts(clip, tokens))
     return compare("text tower, 21 texts", {"plain": plain, "ours": ours}, repeats)
 
@@ -224,7 +238,8 @@ def window(classes: int, repeats: int) -> dict:
 
     @torch.no_grad()
     def bare():
-        clip.visual.transformer.resblocks[-1](visual_hidden(clip, x))
+        with textbook():
+            clip.visual.transformer.resblocks[-1](visual_hidden(clip, x))
 
     forms = {"plain": plain, "ours": ours, "bare": bare}
     return compare(f"window of 448, {classes} classes", forms, repeats)
@@ -233,8 +248,9 @@ def window(classes: int, repeats: int) -> dict:
 def training_step(repeats: int) -> dict:
     """Forward, losses, backward and update of 8 pairs with two nouns each, everything trained.
 
-    plain: texts of 77 tokens, convolution of upsampled features, three copies of CLIP. triplets:
-    besides, what the two nouns of a pair share is computed for each (16 pairs of one noun).
+    plain: texts of 77 tokens, convolution of upsampled features, three copies of CLIP, whose
+    blocks run as open_clip writes them. triplets: besides, what the two nouns of a pair share is
+    computed for each (16 pairs of one noun).
     """
     model = make_model()
     captions = ["a man in a red jacket rides a brown horse on the beach near the sea"] * 8

@@ -12,7 +12,7 @@ from pathlib import Path
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -112,6 +112,44 @@ def _quiet():
         logging.disable(logging.NOTSET)
 
 
+# --- blocks of both towers ------------------------------------------------------------------------
+
+
+def transformer_block(
+    block: ResidualAttentionBlock,
+    x: Tensor,
+    mask: Tensor | None = None,
+    tokens: int | None = None,
+) -> Tensor:
+    """x + attention(ln_1(x)), then + MLP(ln_2(x)): (B, N, width) -> (B, N, width).
+
+    mask: True where a position may look, broadcast to (B, heads, N, N). tokens: only the first so
+    many positions are computed, the others are merely looked at: (B, tokens, width).
+    """
+    attention, width = block.attn, x.shape[-1]
+    weights = attention.in_proj_weight.split([width, 2 * width])  # of queries; of keys and values
+    biases = attention.in_proj_bias.split([width, 2 * width])
+    y = block.ln_1(x)
+    query = F.linear(y[:, :tokens], weights[0], biases[0])
+    key, value = F.linear(y, weights[1], biases[1]).chunk(2, dim=-1)
+    heads = (
+        part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        for part in (query, key, value)
+    )
+    mask = mask if mask is None else mask[..., :tokens, :]
+    y = F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2).flatten(2)
+    x = x[:, :tokens] + attention.out_proj(y)
+    return x + mlp(block, block.ln_2(x))
+
+
+def mlp(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
+    """The block's MLP. QuickGELU, x sigmoid(1.702 x), is written as a scaled SiLU: the same in one
+    operation, which keeps one tensor for the backward pass instead of three."""
+    x = block.mlp.c_fc(x)
+    quick = isinstance(block.mlp.gelu, QuickGELU)
+    return block.mlp.c_proj(F.silu(1.702 * x) / 1.702 if quick else block.mlp.gelu(x))
+
+
 # --- the visual tower -----------------------------------------------------------------------------
 
 
@@ -134,7 +172,7 @@ def visual_hidden(clip: open_clip.CLIP, images: Tensor) -> Tensor:
     class_token = (visual.class_embedding + first).expand(len(x), 1, -1)
     x = visual.ln_pre(torch.cat([class_token.to(x.dtype), x + grid], dim=1))
     for block in visual.transformer.resblocks[:-1]:
-        x = block(x)
+        x = transformer_block(block, x)
     return x
 
 
@@ -146,7 +184,7 @@ def maskclip_block(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
     width = x.shape[-1]
     weight, bias = block.attn.in_proj_weight[2 * width :], block.attn.in_proj_bias[2 * width :]
     x = x + block.attn.out_proj(F.linear(block.ln_1(x), weight, bias))
-    return x + block.mlp(block.ln_2(x))
+    return x + mlp(block, block.ln_2(x))
 
 
 def dense_embedding(clip: open_clip.CLIP, hidden: Tensor) -> Tensor:
@@ -157,8 +195,14 @@ def dense_embedding(clip: open_clip.CLIP, hidden: Tensor) -> Tensor:
 
 
 def image_embedding(clip: open_clip.CLIP, images: Tensor) -> Tensor:
-    """E^v, CLIP's pooled image embedding, normalised: (B, 3, S, S) -> (B, C)."""
-    return F.normalize(clip.visual(images), dim=-1, eps=1e-6)
+    """E^v, CLIP's pooled image embedding, normalised: (B, 3, S, S) -> (B, C).
+
+    It is read at the class token, so the last block computes nothing else.
+    """
+    visual = clip.visual
+    last = visual.transformer.resblocks[-1]
+    pooled = transformer_block(last, visual_hidden(clip, images), tokens=1)[:, 0]
+    return F.normalize(visual.ln_post(pooled) @ visual.proj, dim=-1, eps=1e-6)
 
 
 # --- the text tower -------------------------------------------------------------------------------
@@ -191,7 +235,10 @@ def text_hidden(clip: open_clip.CLIP, embeddings: Tensor) -> Tensor:
     """
     length = embeddings.shape[1]
     x = embeddings + clip.positional_embedding[:length]
-    return clip.transformer(x, attn_mask=clip.attn_mask[:length, :length])
+    causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+    for block in clip.transformer.resblocks:
+        x = transformer_block(block, x, causal)
+    return x
 
 
 def text_embedding(clip: open_clip.CLIP, embeddings: Tensor, eot: Tensor) -> Tensor:

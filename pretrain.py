@@ -2,18 +2,16 @@
 
     python pretrain.py            # writes datasets/shapes_clip.pt
 
-No class label and no mask is used. A third of the scenes lie on plain paper: the web is full of
-things on an empty ground, and a CLIP that never saw one is lost when all but a region is blank
-(Eq. 3.4). A CLIP of 300 million web pairs needs no other help; one that sees 300,000 drawings on a
-laptop needs two kinds:
+No class label and no mask is used. A CLIP of 300 million web pairs needs none of the help given
+here; one that sees 300,000 drawings on a laptop needs two kinds:
 
 - A *word head* on the class token predicts which words the caption holds (and is thrown away at
   the end). A contrastive loss alone solves colours and surfaces and never starts on objects.
 - *CutMix*: a rectangle of patches comes from another picture, and the tokens of either region
   before the last block, averaged, must tell the words of its own caption (through another head
   that is thrown away). Without it the transformer parks an object's identity in background
-  patches. With a small weight the dense value features that MaskCLIP reads must match the
-  embeddings of the region's nouns; without this share they say nothing of backgrounds.
+  patches. At a tenth of that weight the dense value features that MaskCLIP reads must match the
+  embeddings of the region's nouns; without this small share they say nothing of backgrounds.
 """
 
 import math
@@ -58,14 +56,14 @@ class PretrainConfig:
     word_steps: int = option(1500, "stage 1: word head alone, single-object scenes")
     contrast_steps: int = option(1000, "stage 2: InfoNCE and word head")
     cutmix_steps: int = option(4500, "stage 3: every second step on CutMix pictures, rate to zero")
-    dense: float = option(0.3, "stage 3: weight of the dense features' share (the tokens': 10)")
+    dense: float = option(0.15, "stage 3: weight of the dense features' share (the tokens': 10)")
     lr: float = option(1e-3, "peak learning rate; constant but for warm-up and stage 3")
     weight_decay: float = option(0.05, "AdamW")
     seed: int = option(0, "of weights and batches")
     out: str = option(str(SHAPES_WEIGHTS), "file to write")
 
 
-def draw_scene(job: tuple[int, int | None, bool]) -> shapes.Scene:
+def draw_scene(job: tuple[int, int | None]) -> shapes.Scene:
     return shapes.scene("pretrain", *job)
 
 
@@ -152,8 +150,7 @@ def main() -> None:
     torch.manual_seed(config.seed)
     rng = np.random.default_rng(config.seed)
 
-    # Half of the scenes with a single object; of both kinds a third on plain paper, see above.
-    jobs = [(i, 1 if i % 2 else None, i % 6 < 2) for i in range(config.scenes)]
+    jobs = [(i, 1 if i % 2 else None) for i in range(config.scenes)]
     with multiprocessing.Pool() as pool:
         drawn = pool.imap(draw_scene, jobs, chunksize=100)
         scenes = list(tqdm(drawn, "drawing scenes", config.scenes))

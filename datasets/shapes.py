@@ -295,14 +295,9 @@ def describe(rng: np.random.Generator, thing: Thing, article: bool = True) -> st
 
 
 def caption_of(rng: np.random.Generator, things: Sequence[Thing], surface: str) -> str:
-    """A sentence about the scene, from many templates with varying word order.
-
-    surface: its name, or "" for plain paper, of which nothing is said.
-    """
+    """A sentence about the scene, from many templates with varying word order."""
     things = [things[i] for i in rng.permutation(len(things))]
     phrases = [describe(rng, thing) for thing in things]
-    if not surface:
-        return ("", "there is ", "here is ")[rng.integers(3)] + " and ".join(phrases)
     first, ground = things[0], ("the " if rng.random() < 0.6 else "") + surface
     if len(things) == 1:
         plain = describe(rng, first, article=False)
@@ -335,19 +330,14 @@ def caption_of(rng: np.random.Generator, things: Sequence[Thing], surface: str) 
     return forms[rng.integers(len(forms))]
 
 
-def draw(rng: np.random.Generator, objects: int | None = None, plain: bool = False) -> Scene:
-    """Draw a scene of one to three objects (or of exactly `objects`).
-
-    plain: on paper of an even tone instead of a surface.
-    """
+def draw(rng: np.random.Generator, objects: int | None = None) -> Scene:
+    """Draw a scene of one to three objects (or of exactly `objects`)."""
     if objects is None:
         objects = int(rng.choice(3, p=(0.25, 0.45, 0.30))) + 1
     nouns = list(rng.choice(list(OBJECTS), objects, replace=False))
     things = _place(rng, nouns)
     surface = list(SURFACES)[rng.integers(len(SURFACES))]
     texture, colour = SURFACES[surface]
-    if plain:
-        surface, texture, colour = "", lambda x, y, rng: 0 * x, (rng.uniform(40, 250),) * 3
     y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32) + 0.5
     colour = np.clip(np.array(colour) * rng.uniform(0.88, 1.08) + rng.uniform(-8, 8, 3), 0, 255)
     image = _shade(colour.astype(np.float32), texture(x, y, rng))
@@ -362,14 +352,13 @@ def draw(rng: np.random.Generator, objects: int | None = None, plain: bool = Fal
 _SPLITS = {"train": 0, "val": 1, "test": 2, "pretrain": 3}
 
 
-def scene(split: str, index: int, objects: int | None = None, plain: bool = False) -> Scene:
+def scene(split: str, index: int, objects: int | None = None) -> Scene:
     """Scene `index` of a split, the same on every machine.
 
     split: "train" trains CoDe, "val" is for choosing a recipe, "test" for reporting a figure,
-    "pretrain" trains the world's CLIP. objects: exactly so many objects instead of 1 to 3; plain:
-    on plain paper.
+    "pretrain" trains the world's CLIP. objects: exactly so many objects instead of 1 to 3.
     """
-    return draw(np.random.default_rng((_SPLITS[split], objects or 0, index)), objects, plain)
+    return draw(np.random.default_rng((_SPLITS[split], objects or 0, index)), objects)
 
 
 def load(root: str, split: str = "test", count: int = 500) -> Benchmark:

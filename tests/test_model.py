@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import random_clip, random_model
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import nn
 
 import model as m
@@ -15,6 +16,7 @@ from clip import (
     image_embedding,
     text_hidden,
     tokenize,
+    transformer_block,
     visual_hidden,
 )
 from config import ModelConfig, UserError
@@ -120,6 +122,36 @@ def test_text_segmenter_looks_both_ways_at_real_tokens_only(model):
         assert not torch.allclose(before[0, 1], model.text_segmenter(changed, eot)[0, 1])
 
 
+@pytest.mark.parametrize("quick", [True, False])
+def test_transformer_block_is_open_clips(quick):
+    """Values and gradients, with and without a mask, of all positions and of the first ones."""
+    torch.manual_seed(0)
+    act = QuickGELU if quick else torch.nn.GELU
+    block = ResidualAttentionBlock(32, 4, act_layer=act).double()
+    x = torch.randn(2, 6, 32, dtype=torch.double, requires_grad=True)
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()
+    blocked = torch.zeros(6, 6, dtype=torch.double).masked_fill(~causal, -torch.inf)
+    for mask, theirs in ((None, None), (causal, blocked)):
+        for tokens in (None, 2):
+            want = block(x, attn_mask=theirs)[:, :tokens]
+            got = transformer_block(block, x, mask, tokens)
+            assert got.shape == want.shape and torch.allclose(got, want, atol=1e-10)
+            inputs = [x, *block.parameters()]
+            for a, b in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (got, want))):
+                assert torch.allclose(a, b, atol=1e-9)
+
+
+def test_pooled_embeddings_are_open_clips():
+    clip = random_clip()
+    images, tokens = torch.randn(3, 3, 32, 32), tokenize(CAPTIONS)
+    with torch.no_grad():
+        want = clip.encode_image(images, normalize=True)
+        assert torch.allclose(image_embedding(clip, images), want, atol=1e-5)
+        full = F.pad(tokens, (0, 77 - tokens.shape[1]))
+        want = clip.encode_text(full, normalize=True)
+        assert torch.allclose(embed_texts(clip, tokens), want, atol=1e-5)
+
+
 def test_maskclip_block_is_attention_to_oneself():
     clip = random_clip()
     images = torch.randn(2, 3, 32, 32)
@@ -150,7 +182,7 @@ def test_upsampling_then_convolving_is_four_small_convolutions(size):
     conv = nn.Conv2d(6, 6, 3, padding=1).double()
     x = torch.randn(2, 6, *size, dtype=torch.double, requires_grad=True)
     plain = conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-    fast = m.upsample_and_convolve(x, conv)
+    fast = m.upsample_and_convolve(x.movedim(1, -1), conv).movedim(-1, 1)
     assert torch.allclose(fast, plain, atol=1e-12)
     gradients = [torch.autograd.grad(y.square().sum(), [x, conv.weight]) for y in (plain, fast)]
     for a, b in zip(*gradients):
