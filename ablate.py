@@ -20,17 +20,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from checkpoint import load_model
-from clip import end_of_text, noun_prompts, text_hidden, tokenize
-from config import MASK_PRESETS, MaskConfig, UserError, option, parse, run, save_text
-from data import select_nouns, shapes_tagger
+from config import UserError, option, parse, run, save_text
 from datasets import shapes
 from draw import below, contact_sheet, legend, overlay, palette, save_png
-from evaluate import IoU, Segmenter, load_benchmark, load_method, make_segmenter, winners
-from model import CoDe, word_mask
+from evaluate import load_benchmark
+from measure import THRESHOLDS, mean_ious, segmenter_of, told_from_true_masks, words_in_place
 
 
 @dataclass
@@ -79,7 +76,6 @@ TABLES = {
         *("cwr", "nouns", "release"),
     ),
 }
-THRESHOLDS = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)  # of the background; 0.4 is the thesis's
 
 
 # --- one run --------------------------------------------------------------------------------------
@@ -113,78 +109,13 @@ def training_seconds(folder: Path) -> float:
     return settings["steps"] * settings["batch_size"] / speed
 
 
-def segmenter_of(checkpoint: Path | None) -> Segmenter:
-    """The refined segmenter of a run on the held-out scenes; without a checkpoint, MaskCLIP's."""
-    method = "code" if checkpoint else "maskclip"
-    path = str(checkpoint) if checkpoint else None
-    settings = MaskConfig(**MASK_PRESETS["shapes"], checkpoint=path, method=method)
-    clip, model = load_method(settings, torch.device("cpu"))
-    return make_segmenter(clip, model, load_benchmark("shapes", ""), settings)
-
-
-def mean_ious(segmenter: Segmenter, scenes: int) -> dict[str, float]:
-    """mIoU on held-out scenes at every threshold of the background, masks being made once."""
-    benchmark = load_benchmark("shapes", "")
-    sums = {threshold: IoU(len(benchmark.class_names)) for threshold in THRESHOLDS}
-    for i in range(scenes):
-        image = benchmark.image(i)
-        best, index = winners(segmenter.planes(image, torch.device("cpu")), image.size[::-1])
-        for threshold, iou in sums.items():
-            iou.add(torch.where(best > threshold, index + 1, 0).numpy(), benchmark.label(i))
-    return {str(threshold): iou.mean() for threshold, iou in sums.items()}
-
-
-def nouns_of_words(words: Sequence[str]) -> list[str | None]:
-    """The noun that each word of a shapes caption speaks of: itself, or an adjective's noun.
-
-    Adjectives stand before their noun, or after "is" and then speak of the caption's first noun.
-    """
-    adjectives = {*shapes.COLOURS, *shapes.PATTERNS, *shapes.SMALL, *shapes.LARGE}
-    first = next((word for word in words if word in shapes.NOUNS), None)
-    nouns: list[str | None] = []
-    for i, word in enumerate(words):
-        if word in shapes.NOUNS:
-            nouns.append(word)
-        elif word not in adjectives:
-            nouns.append(None)
-        elif words[i - 1] == "is":
-            nouns.append(first)
-        else:
-            nouns.append(next((w for w in words[i:] if w in shapes.NOUNS), None))
-    return nouns
-
-
-@torch.no_grad()
-def words_in_place(model: CoDe, scenes: int) -> dict[str, float]:
-    """Percent of noun words, and of adjectives, whose likeliest segment is that of their noun.
-
-    Two nouns of each held-out caption are asked for, as in training.
-    """
-    found: dict[str, list[bool]] = {"nouns": [], "adjectives": []}
-    for i in range(scenes):
-        words = shapes.scene("test", i).caption.replace(",", "").split()
-        asked = select_nouns(" ".join(words), shapes_tagger())
-        if len(asked) < 2:
-            continue
-        asked = [asked[k] for k in np.random.default_rng(i).permutation(len(asked))[:2]]
-        tokens = tokenize([" ".join(words)])  # every word of this world is one token
-        hidden = text_hidden(model.clip, model.clip.token_embedding(tokens))
-        x_t = model.text_segmenter(hidden, end_of_text(tokens))
-        n = model.noun_embedding(noun_prompts(asked, len(model.context)))[:, None]
-        cases = word_mask(model.text_segmenter.word_logits(x_t, n))[0].argmax(0)[1:-1].tolist()
-        for word, noun, case in zip(words, nouns_of_words(words), cases):
-            if noun in asked:
-                kind = "nouns" if word == noun else "adjectives"
-                found[kind].append(case == 1 + asked.index(noun))
-    return {kind: 100 * statistics.mean(values) for kind, values in found.items()}
-
-
 def run_once(name: str, seed: int, config: AblateConfig) -> None:
     """Train and measure one row with one seed, unless its figures are there."""
     folder = Path(config.out) / name / str(seed)
     train(ROWS[name], seed, folder, config)
     model = load_model(str(folder / "last.pt"), torch.device("cpu"))
     figures = {"mIoU": mean_ious(segmenter_of(folder / "last.pt"), config.scenes)}
+    figures["told"] = told_from_true_masks(model, config.scenes)
     if model.decomposes_text:
         figures["words"] = words_in_place(model, config.scenes)
     asked = {"options": list(ROWS[name].options), "steps": planned_steps(folder)}
@@ -254,8 +185,8 @@ def table(names: Sequence[str], rows: dict[str, list[dict]]) -> list[str]:
     """Markdown lines of one table."""
     lines = [
         "| | mIoU | at its best threshold | difference | nouns / adjectives in place "
-        "| minutes a run | thesis (avg. of six) |",
-        "|---|---|---|---|---|---|---|",
+        "| told from true region / words | minutes a run | thesis (avg. of six) |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     names = [name for name in names if name in rows]
     for name in names:
@@ -265,12 +196,11 @@ def table(names: Sequence[str], rows: dict[str, list[dict]]) -> list[str]:
         if other in names:
             difference = verdict(at[0.4], [f["mIoU"]["0.4"] for f in rows[other]])
             difference += f" (to {ROWS[other].title})"
-        words = ""
-        if "words" in rows[name][0]:
-            shares = [
-                spread([f["words"][k] for f in rows[name]])[0] for k in ("nouns", "adjectives")
-            ]
-            words = f"{shares[0]:.0f} % / {shares[1]:.0f} %"
+        shares = {}
+        for kind, parts in (("words", ("nouns", "adjectives")), ("told", ("regions", "words"))):
+            if kind in rows[name][0]:
+                means = (statistics.mean(f[kind][part] for f in rows[name]) for part in parts)
+                shares[kind] = " / ".join(f"{mean:.0f} %" for mean in means)
         mean, deviation = spread(at[0.4])
         best_mean, best_deviation = spread(at[best])
         thesis = ROWS[name].thesis
@@ -279,7 +209,8 @@ def table(names: Sequence[str], rows: dict[str, list[dict]]) -> list[str]:
             f"{mean:.1f} ± {deviation:.1f}",
             f"{best_mean:.1f} ± {best_deviation:.1f} ({best})",
             difference,
-            words,
+            shares.get("words", ""),
+            shares.get("told", ""),
             f"{statistics.mean(f['seconds'] for f in rows[name]) / 60:.1f}",
             "" if thesis is None else f"{thesis:.1f}",
         ]
@@ -298,8 +229,9 @@ def report(rows: dict[str, list[dict]], maskclip: dict, config: AblateConfig) ->
         f"{config.scenes} held-out scenes, refined, threshold 0.4: mean ± standard deviation of "
         "the seeds. A difference is beyond the noise when it exceeds 2.8 of its standard errors "
         "(95 % for three seeds a row). *In place*: words whose likeliest segment (Eq. 3.3) is "
-        "that of their noun. The last column is the thesis's own, ViT-B/16 on six benchmarks, "
-        "not measured here.",
+        "that of their noun. *Told*: objects that CLIP tells among the twelve when it is shown "
+        "their true region, or their true words, and the row's prompt everywhere else. The last "
+        "column is the thesis's own, ViT-B/16 on six benchmarks, not measured here.",
         "",
         f"Without any training (MaskCLIP): {maskclip['0.4']:.1f}.",
     ]

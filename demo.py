@@ -2,7 +2,8 @@
 
     python demo.py            # or `make demo`; a few minutes on two cores, no download
 
-Writes into --out: last.pt (the checkpoint), sheet.png, figures.json and figures.md.
+Writes into --out: last.pt (the checkpoint), sheet.png, figures.json, figures.md, and scenes/ with
+some held-out pictures and captions for segment.py.
 """
 
 import json
@@ -83,6 +84,9 @@ def main() -> None:
             if pamr:
                 segmenters[title] = segmenter
     save_png(sheet(segmenters, benchmark, config.rows), out / "sheet.png")
+    for i in range(config.rows):
+        save_png(benchmark.image(i), out / "scenes" / f"{i}.png")
+        save_text(shapes.scene("test", i).caption, out / "scenes" / f"{i}.txt")
 
     table = ["| method | mIoU | pixel accuracy |", "|---|---|---|"]
     table += [f"| {n} | {f['mIoU']:.1f} | {f['pixel_accuracy']:.1f} |" for n, f in figures.items()]

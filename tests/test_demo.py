@@ -26,4 +26,7 @@ def test_the_demo_writes_what_it_says(tmp_path):
         assert value["images"] == 4
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 700 and sheet.height > 330
+    with Image.open(tmp_path / "scenes" / "1.png") as scene:
+        assert scene.size == (64, 64)
+    assert (tmp_path / "scenes" / "1.txt").read_text() == "a bug and a wheel on sand\n"
     assert (tmp_path / "last.pt").exists() and (tmp_path / "figures.md").exists()
