@@ -5,13 +5,14 @@
 
 Every run is a `train.py` of its own under --out, one core each. What is done is skipped and what
 was interrupted goes on, so the command can be stopped at any time and given again. It writes
-ablation.md and ablation.png, of all rows that are done, into --results.
+ablation.md and ablation.png, of the rows that it was given, into --results.
 """
 
 import concurrent.futures
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import load_model
-from config import UserError, option, parse, run, save_text
+from config import TRAIN_PRESETS, UserError, option, parse, run, save_text
 from datasets import shapes
 from draw import below, contact_sheet, legend, overlay, palette, save_png
 from evaluate import load_benchmark
@@ -78,6 +79,9 @@ TABLES = {
 }
 
 
+CHILDREN: set[subprocess.Popen] = set()  # the trainings that run now
+
+
 # --- one run --------------------------------------------------------------------------------------
 
 
@@ -89,10 +93,14 @@ def train(row: Row, seed: int, folder: Path, config: AblateConfig) -> None:
     command += ["--steps", str(config.steps)] if config.steps else []
     command += ["--resume"] if (folder / "last.pt").exists() else []
     settings = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run(command, env=settings, capture_output=True, text=True)
-    if done.returncode:
-        line = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"{folder}: training ended with exit code {done.returncode}: {line}")
+    child = subprocess.Popen(
+        command, env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    CHILDREN.add(child)
+    line = (child.communicate()[1].strip().splitlines() or ["no message"])[-1]
+    CHILDREN.remove(child)
+    if child.returncode:
+        raise UserError(f"{folder}: training ended with exit code {child.returncode}: {line}")
     if torch.load(folder / "last.pt", weights_only=True)["step"] < planned_steps(folder):
         raise KeyboardInterrupt  # it was told to stop, and saved
 
@@ -139,6 +147,8 @@ def run_all(names: Sequence[str], config: AblateConfig) -> None:
                 print(f"{folders[futures[future]]}: done, {time.time() - start:.0f} s", flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for child in list(CHILDREN):
+                child.terminate()  # finishes its step and saves
             raise
 
 
@@ -146,21 +156,21 @@ def run_all(names: Sequence[str], config: AblateConfig) -> None:
 
 
 def finished(names: Sequence[str], config: AblateConfig) -> dict[str, list[dict]]:
-    """Figures of every row that has all its seeds."""
-    rows = {}
+    """Figures of every row that has all its seeds. Raises UserError for one of other options."""
+    rows: dict[str, list[dict]] = {name: [] for name in names}
+    steps = config.steps or TRAIN_PRESETS["shapes"]["steps"]
     for name in names:
-        paths = [Path(config.out) / name / str(seed) / "figures.json" for seed in config.seeds]
-        if not all(path.exists() for path in paths):
-            continue
-        rows[name] = [json.loads(path.read_text()) for path in paths]
-        for figures, path in zip(rows[name], paths):
-            asked = list(ROWS[name].options), config.steps, config.scenes
-            steps = figures["asked"]["steps"] if config.steps else None
-            if asked != (figures["asked"]["options"], steps, figures["scenes"]):
-                raise UserError(
-                    f"{path}: of other options; remove its folder, or name another --out"
-                )
-    return rows
+        for seed in config.seeds:
+            path = Path(config.out) / name / str(seed) / "figures.json"
+            if path.exists():
+                figures = json.loads(path.read_text())
+                asked = {"options": list(ROWS[name].options), "steps": steps}
+                if (figures["asked"], figures["scenes"]) != (asked, config.scenes):
+                    raise UserError(
+                        f"{path}: of other options; remove its folder, or name another --out"
+                    )
+                rows[name].append(figures)
+    return {name: runs for name, runs in rows.items() if len(runs) == len(config.seeds)}
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
@@ -262,6 +272,7 @@ def sheet(rows: dict[str, list[dict]], config: AblateConfig, scenes: int = 6):
 
 def main() -> None:
     (config,) = parse(__doc__, AblateConfig)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both ways of stopping are one
     names = config.rows or tuple(ROWS)
     if unknown := [name for name in names if name not in ROWS]:
         raise UserError(f"--rows {unknown[0]}: not one of {', '.join(ROWS)}")

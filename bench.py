@@ -54,7 +54,7 @@ from sources import Shards
 class BenchConfig:
     """What is measured."""
 
-    repeats: int = option(5, "runs of every form; the median counts")
+    repeats: int = option(5, "runs of every form; the median counts", low=1)
     only: str | None = option(None, "only pieces whose name holds this")
     json: str | None = option(None, "file to write the figures to")
 
@@ -100,9 +100,10 @@ def plain_block(
     block: ResidualAttentionBlock, x: Tensor, mask: Tensor | None = None, tokens: int | None = None
 ) -> Tensor:
     """open_clip's own forward pass of a block, at all positions."""
+    if mask is not None and mask.dim() > 2:  # of the text segmenter: one for every text and head
+        mask = mask.expand(len(x), block.attn.num_heads, x.shape[1], x.shape[1]).flatten(0, 1)
     if mask is not None:
-        full = mask.expand(len(x), block.attn.num_heads, x.shape[1], x.shape[1]).flatten(0, 1)
-        mask = torch.zeros(full.shape).masked_fill(~full, -torch.inf)
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
     return block(x, attn_mask=mask)[:, :tokens]
 
 
@@ -150,9 +151,11 @@ def peak_memory(function: Callable) -> tuple[float, float]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    function()
-    done.set()
-    watcher.join()
+    try:
+        function()
+    finally:
+        done.set()
+        watcher.join()
     return before, peak[0]
 
 

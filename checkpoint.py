@@ -46,7 +46,7 @@ def model_content(model: CoDe) -> dict[str, Any]:
 
 
 def fingerprint(clip: open_clip.CLIP) -> int:
-    """A checksum of both projections, which no two trainings share."""
+    """A checksum of both projections: other weights under the same name have another one."""
     weights = torch.cat([clip.visual.proj.flatten(), clip.text_projection.flatten()])
     return zlib.crc32(weights.detach().cpu().numpy().tobytes())
 

@@ -52,6 +52,7 @@ def load_clip(name: str, weights: str = "openai") -> open_clip.CLIP:
         and visual.attn_pool is None
         and visual.pool_type == "tok"
         and isinstance(visual.transformer.resblocks[0], ResidualAttentionBlock)
+        and isinstance(visual.transformer.resblocks[0].ls_1, nn.Identity)  # no LayerScale
         and clip.text_pool_type == "argmax"
         and clip.text_projection.shape[0] == clip.text_projection.shape[1]
     )

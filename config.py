@@ -141,6 +141,8 @@ class MaskConfig:
     background: float | None = option(
         None,
         "threshold below which a pixel is background; default: 0.4, without PAMR 0.5",
+        low=0,
+        high=1,
     )
     pamr: bool = option(True, "refine the masks with PAMR")
     pamr_iterations: int = option(10, "steps of PAMR", low=0)
@@ -292,6 +294,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     Whatever goes wrong, the previous file stays and the temporary one goes. Raises UserError.
     """
     path = Path(path)
+    if not path.name or path.is_dir():
+        raise UserError(f"{path}: a folder, not a file to write")
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -300,7 +304,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{path} could not be written ({error.strerror})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def save_text(text: str, path: str | Path) -> None:

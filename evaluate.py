@@ -216,12 +216,12 @@ def evaluate(
 
     Started by torchrun, every process takes its share of the images, and all get the same figures.
     """
-    masks, images = segmenter.config, len(benchmark.stems)
+    settings, images = segmenter.config, len(benchmark.stems)
     count = images if config.limit is None else min(config.limit, images)
     rank = process_rank()
     iou = IoU(len(benchmark.class_names))
     mine = range(rank, count, process_count())
-    bar = tqdm(mine, f"{benchmark.name} ({masks.method})", disable=rank > 0, file=sys.stderr)
+    bar = tqdm(mine, f"{benchmark.name} ({settings.method})", disable=rank > 0, file=sys.stderr)
     for i in bar:
         image, label = benchmark.image(i), benchmark.label(i)
         predicted = segmenter.label_map(image, device, benchmark.background).cpu().numpy()
@@ -252,7 +252,7 @@ def evaluate(
         "mIoU": iou.mean(),
         "pixel_accuracy": iou.pixel_accuracy(),
         "IoU": per_class,
-        "settings": asdict(masks) | {"background": background_threshold(masks)},
+        "settings": asdict(settings) | {"background": background_threshold(settings)},
     }
 
 
@@ -326,24 +326,24 @@ def load_method(config: MaskConfig, device: torch.device) -> tuple[open_clip.CLI
 
 
 def main() -> None:
-    config, masks = parse(__doc__, EvalConfig, MaskConfig, presets=MASK_PRESETS)
-    if config.json and (Path(config.json).is_dir() or not Path(config.json).name):
+    config, settings = parse(__doc__, EvalConfig, MaskConfig, presets=MASK_PRESETS)
+    if config.json and Path(config.json).is_dir():  # not after an hour
         raise UserError(f"--json {config.json}: a folder, not a file to write")
     names = THESIS_DATASETS if config.dataset == "all" else [config.dataset]
     benchmarks = [load_benchmark(name, config.root) for name in names]
-    device = choose_device(masks.device)
+    device = choose_device(settings.device)
     start_processes(device)
-    clip, model = load_method(masks, device)
+    clip, model = load_method(settings, device)
     results = []
     for benchmark in benchmarks:
-        segmenter = make_segmenter(clip, model, benchmark, masks)
+        segmenter = make_segmenter(clip, model, benchmark, settings)
         results.append(evaluate(segmenter, benchmark, config, device))
         if process_rank() == 0:
             print_table(results[-1])
     if process_rank() == 0:
         content = results[0]
         if config.dataset == "all":
-            print(table_4_1(results, masks.method))
+            print(table_4_1(results, settings.method))
             average = float(np.mean([result["mIoU"] for result in results]))
             partial = any(result["partial"] for result in results)
             content = {"average": average, "partial": partial, "datasets": results}

@@ -91,7 +91,7 @@ def words_in_place(model: CoDe, scenes: int) -> dict[str, float]:
             if noun in asked:
                 kind = "nouns" if word == noun else "adjectives"
                 found[kind].append(case == 1 + asked.index(noun))
-    return {kind: 100 * statistics.mean(values) for kind, values in found.items()}
+    return {kind: 100 * statistics.mean(values or [0]) for kind, values in found.items()}
 
 
 @torch.no_grad()

@@ -21,13 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from clip import end_of_text, noun_prompts, text_hidden, tokenize
+from clip import SHAPES_ARCHITECTURE, end_of_text, noun_prompts, text_hidden, tokenize
 from config import (
     MASK_PRESETS,
+    PRIOR_TEMPLATES,
     MaskConfig,
     UserError,
     choose_device,
@@ -48,7 +50,7 @@ from sources import IMAGE_SUFFIXES, BadSample, read_image
 class SegmentConfig:
     """What is segmented, and what is written."""
 
-    things: tuple[str, ...] = option(
+    inputs: tuple[str, ...] = option(
         (), "pictures, folders of pictures, and the words to look for", positional=True
     )
     caption: str | None = option(None, "take the nouns of this caption, and segment it too")
@@ -70,28 +72,28 @@ class Result:
     labels: np.ndarray  # (H, W): 0 is background, i the i-th query
 
 
-def pictures_and_words(things: Sequence[str]) -> tuple[list[Path], list[str]]:
+def pictures_and_words(inputs: Sequence[str]) -> tuple[list[Path], list[str]]:
     """What exists is a picture or a folder of pictures, anything else a query. Raises UserError."""
     pictures: list[Path] = []
     words: list[str] = []
-    for thing in things:
-        path = Path(thing)
-        if os.path.isdir(thing):  # a Path would raise on a query longer than any file name
+    for given in inputs:
+        path = Path(given)
+        if os.path.isdir(given):  # a Path would raise on a query longer than any file name
             found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
             if not found:
                 raise UserError(
-                    f"{thing}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in this folder"
+                    f"{given}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in this folder"
                 )
             pictures += found
-        elif os.path.isfile(thing):
+        elif os.path.isfile(given):
             pictures.append(path)
         elif path.suffix.lower() in IMAGE_SUFFIXES:
-            raise UserError(f"{thing}: no such picture")
+            raise UserError(f"{given}: no such picture")
         else:
-            words.append(" ".join(thing.split()))
+            words.append(" ".join(given.split()))
     if not pictures:
         raise UserError("no picture given: name pictures or folders, then the words to look for")
-    if any(not word for word in words):
+    if any(not tokens_of(word) for word in words):
         raise UserError("an empty query: name words to look for")
     return pictures, list(dict.fromkeys(words))
 
@@ -104,7 +106,7 @@ def queries(words: Sequence[str], config: SegmentConfig) -> list[str]:
         return list(words)
     if words:
         raise UserError(f"{words[0]!r} and --caption: give words or a caption, not both")
-    if not config.caption.strip():
+    if not config.caption:
         raise UserError("--caption: it is empty")
     nouns = select_nouns(
         config.caption, shapes_tagger() if config.preset == "shapes" else nltk_tagger()
@@ -115,18 +117,19 @@ def queries(words: Sequence[str], config: SegmentConfig) -> list[str]:
 
 
 def check_lengths(names: Sequence[str], context_length: int) -> None:
-    """CLIP's text tower holds 77 tokens, SOS, learned context and EOT among them."""
+    """CLIP's text tower holds 75 tokens beside SOS and EOT: the learned context and the query, or
+    a template of the prior branch and the query."""
+    templates = (len(tokens_of(template.format(""))) for template in PRIOR_TEMPLATES)
+    room = 75 - max(context_length, *templates)
     for name in names:
-        count = sum(len(tokens_of(word)) for word in name.split())
-        if count > 75 - context_length:
-            raise UserError(
-                f"{name[:40]!r}...: {count} tokens, a query holds {75 - context_length} at most"
-            )
+        if (count := len(tokens_of(name))) > room:
+            raise UserError(f"{name[:40]!r}...: {count} tokens, a query holds {room} at most")
 
 
-def tokens_of(word: str) -> list[int]:
-    """BPE token ids of one word, without SOS and EOT."""
-    return tokenize([word])[0, 1:-1].tolist()
+def tokens_of(text: str) -> list[int]:
+    """All BPE token ids of a text, without SOS and EOT; none of what is no text, such as a BOM."""
+    row = open_clip.tokenize([text], context_length=4 * len(text) + 8)[0]
+    return row[1 : int(end_of_text(row))].tolist()
 
 
 @torch.no_grad()
@@ -135,7 +138,7 @@ def word_masks(model: CoDe, caption: str, nouns: Sequence[str]) -> np.ndarray:
 
     Raises UserError for a caption that is longer than CLIP's text tower.
     """
-    pieces = [tokens_of(word) for word in caption.split()]
+    pieces = [tokens_of(word) for word in caption.split()]  # none is empty, see `main`
     count = sum(map(len, pieces))
     if count > 75:
         raise UserError(f"--caption: {count} tokens, but CLIP's text tower holds 75")
@@ -151,7 +154,7 @@ def word_masks(model: CoDe, caption: str, nouns: Sequence[str]) -> np.ndarray:
     return torch.stack([part.mean(1) for part in parts], dim=1).numpy()
 
 
-def shown(image: Image.Image) -> int:
+def enlargement(image: Image.Image) -> int:
     """How many times larger a small picture is shown."""
     return max(1, round(400 / max(image.size)))
 
@@ -162,15 +165,16 @@ def picture_of(
     """Overlay and legend; with a caption, its words shaded by every noun's mask: figure 4.2."""
     colours = palette(len(names))
     tinted = overlay(result.image, result.labels - 1, colours)
-    size = [side * shown(result.image) for side in tinted.size]
+    size = [side * enlargement(result.image) for side in tinted.size]
     tinted = tinted.resize(size, Image.Resampling.NEAREST)
-    letters = max(14, tinted.width // 60)
-    rows = [tinted, legend(names, colours, tinted.width, letters)]
+    width = max(tinted.width, 400)  # of the text, also below a narrow picture
+    letters = max(14, width // 60)
+    rows = [tinted, legend(names, colours, width, letters)]
     if masks is not None:
         for colour, mask in zip(colours, masks):
             shades = [tuple(round(255 + m * (c - 255)) for c in colour) for m in mask]
             words = list(zip(caption.split(), shades))
-            rows.append(coloured_text(words, tinted.width, letters, behind=True))
+            rows.append(coloured_text(words, width, letters, behind=True))
     return below(*rows)
 
 
@@ -212,7 +216,7 @@ def page_item(
         "name": result.name,
         "width": width,
         "height": height,
-        "picture": data_uri(picture, "PNG" if shown(picture) > 1 else "JPEG"),
+        "picture": data_uri(picture, "PNG" if enlargement(picture) > 1 else "JPEG"),
         "masks": data_uri(Image.fromarray(planes.astype(np.uint8)), "PNG"),
         "threshold": 0 if config.no_background else threshold,
         "queries": [{"name": n, "colour": c} for n, c in zip(names, palette(len(names)))],
@@ -230,28 +234,34 @@ def indexed(labels: np.ndarray, names: Sequence[str]) -> Image.Image:
 
 
 def main() -> None:
-    config, masks_config = parse(__doc__, SegmentConfig, MaskConfig, presets=MASK_PRESETS)
+    config, settings = parse(__doc__, SegmentConfig, MaskConfig, presets=MASK_PRESETS)
     if config.preset not in ("thesis", "shapes"):
         raise UserError(f"--preset {config.preset}: 'thesis' or 'shapes'")
-    pictures, words = pictures_and_words(config.things)
+    if config.no_background and settings.background is not None:
+        raise UserError("--no-background and --background: give one of them")
+    for name in (config.json, config.html):
+        if name and Path(name).is_dir():  # not after all the pictures
+            raise UserError(f"{name}: a folder, not a file to write")
+    pictures, words = pictures_and_words(config.inputs)
+    if config.caption is not None:
+        config.caption = " ".join(word for word in config.caption.split() if tokens_of(word))
     names = queries(words, config)
     if len(names) > 255:
         raise UserError(f"{len(names)} queries: an indexed PNG tells 255 apart")
-    device = choose_device(masks_config.device)
-    clip, model = load_method(masks_config, device)
-    if model is not None and (model.config.clip == "shapes") != (config.preset == "shapes"):
-        raise UserError(
-            f"{masks_config.checkpoint} was trained with --clip {model.config.clip}: "
-            + ("add --preset shapes" if config.preset == "thesis" else "leave --preset shapes out")
-        )
+    device = choose_device(settings.device)
+    clip, model = load_method(settings, device)
+    of_shapes = clip.text_projection.shape[0] == SHAPES_ARCHITECTURE["embed_dim"]
+    if of_shapes != (config.preset == "shapes"):
+        change = "add --preset shapes" if of_shapes else "leave --preset shapes out"
+        raise UserError(f"this CLIP is {'' if of_shapes else 'not '}the shapes world's: {change}")
     check_lengths(names, len(model.context) if model is not None else 0)
     masks = None
     if config.caption is not None:
         if model is None or not model.decomposes_text:
             raise UserError("--caption: this method has no text segmenter; name words instead")
         masks = word_masks(model, config.caption, names)
-    segmenter = Segmenter(clip, model, names, masks_config)
-    threshold = background_threshold(masks_config)
+    segmenter = Segmenter(clip, model, names, settings)
+    threshold = background_threshold(settings)
 
     out, taken, scores, items, bad = Path(config.out), set(), {}, [], 0
     for path in pictures:
@@ -281,7 +291,7 @@ def main() -> None:
         scores[str(path)] = score(result, names)
         if config.html:
             items.append(page_item(result, index.numpy(), names, config, threshold, masks))
-        print(f"{path}: {said(scores[str(path)])}; {out / name}.overlay.png", flush=True)
+        print(f"{path}: {summary(scores[str(path)])}; {out / name}.overlay.png", flush=True)
     if config.json:
         save_text(json.dumps(scores, indent=1), config.json)
     if config.html and items:
@@ -294,7 +304,7 @@ def main() -> None:
         sys.exit(2)
 
 
-def said(found: dict) -> str:
+def summary(found: dict) -> str:
     return ", ".join(f"{name} {100 * value['share']:.1f} %" for name, value in found.items())
 
 

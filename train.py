@@ -290,12 +290,12 @@ def agreed(stop: bool, device: torch.device) -> bool:
 
 def evaluate_model(model: CoDe, config: TrainConfig, device: torch.device) -> float:
     """mIoU on --eval-dataset, the images being shared by all processes."""
-    masks = MaskConfig(**MASK_PRESETS.get(config.eval_dataset, {}))
-    settings = EvalConfig(config.eval_dataset, limit=config.eval_limit)
+    settings = MaskConfig(**MASK_PRESETS.get(config.eval_dataset, {}))
+    limited = EvalConfig(config.eval_dataset, limit=config.eval_limit)
     benchmark = load_benchmark(config.eval_dataset, config.eval_root)
     model.eval()
-    segmenter = make_segmenter(model.clip, model, benchmark, masks)
-    figures = evaluate(segmenter, benchmark, settings, device)
+    segmenter = make_segmenter(model.clip, model, benchmark, settings)
+    figures = evaluate(segmenter, benchmark, limited, device)
     model.train()
     return figures["mIoU"]
 

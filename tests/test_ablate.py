@@ -3,14 +3,17 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from ablate import ROWS, TABLES, main, spread, table, verdict
+from checkpoint import read_checkpoint
 from measure import nouns_of_words
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +64,7 @@ def test_it_trains_measures_draws_and_skips_what_is_done(tmp_path, mistake):
     done = ablate(tmp_path, "--rows", "baseline", "cwr", "--seeds", "0")
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "r" / "ablation.md").read_text()
-    assert "0 of 2 runs are done" in done.stdout and "(one seed)" not in text
+    assert "0 of 2 runs are done" in done.stdout
     found = json.loads((tmp_path / "cwr" / "0" / "figures.json").read_text())
     assert found["mIoU"]["0.4"] >= 0 and set(found["words"]) == {"nouns", "adjectives"}
     assert found["told"]["words"] > 90  # zeros in a caption do not confuse the shapes world's CLIP
@@ -70,16 +73,33 @@ def test_it_trains_measures_draws_and_skips_what_is_done(tmp_path, mistake):
     with Image.open(tmp_path / "r" / "ablation.png") as sheet:
         assert sheet.width > 5 * 160
 
-    # A run that was stopped before its end goes on; a done one is left alone.
-    before = (tmp_path / "baseline" / "0" / "figures.json").stat().st_mtime_ns
-    (tmp_path / "cwr" / "0" / "figures.json").unlink()
+    before = (tmp_path / "cwr" / "0" / "figures.json").stat().st_mtime_ns
     again = ablate(tmp_path, "--rows", "baseline", "cwr", "--seeds", "0")
-    assert again.returncode == 0 and "1 of 2 runs are done" in again.stdout, again.stderr
-    assert (tmp_path / "baseline" / "0" / "figures.json").stat().st_mtime_ns == before
-    assert json.loads((tmp_path / "cwr" / "0" / "figures.json").read_text()) == found
+    assert again.returncode == 0 and "2 of 2 runs are done" in again.stdout, again.stderr
+    assert (tmp_path / "cwr" / "0" / "figures.json").stat().st_mtime_ns == before
 
     options = ("--rows", "baseline", "--seeds", "0", "--out", tmp_path)
     assert "of other options" in mistake(main, *options, "--steps", "3", "--scenes", "4")
+    assert "of other options" in mistake(main, *options, "--scenes", "3")  # the preset's steps
+    options = ("--rows", "cwr", "--seeds", "1", "0", "--out", tmp_path)  # one of them is done
+    assert "of other options" in mistake(main, *options, "--steps", "4", "--scenes", "3")
+
+
+def test_it_can_be_stopped_and_given_again(tmp_path):
+    command = [sys.executable, "ablate.py", "--out", str(tmp_path), "--rows", "c", "--seeds", "0"]
+    command += ["--steps", "60", "--scenes", "2", "--results", str(tmp_path / "r")]
+    first, log = subprocess.Popen(command, cwd=ROOT), tmp_path / "c" / "0" / "log.jsonl"
+    while not log.exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(60) == 130
+    stopped = read_checkpoint(log.with_name("last.pt"))["step"]  # its training saved and ended
+    assert 10 <= stopped < 60 and not log.with_name("figures.json").exists()
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps[-1] == 60 and read_checkpoint(log.with_name("last.pt"))["step"] == 60
+    assert "| + C |" in (tmp_path / "r" / "ablation.md").read_text()
 
 
 def test_an_unknown_row_is_one_line(mistake):

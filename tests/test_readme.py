@@ -7,7 +7,15 @@ from dataclasses import fields
 
 from test_released import ROOT
 
-from config import DATASETS, EvalConfig, LossConfig, MaskConfig, ModelConfig, TrainConfig
+from config import (
+    DATASETS,
+    TRAIN_PRESETS,
+    EvalConfig,
+    LossConfig,
+    MaskConfig,
+    ModelConfig,
+    TrainConfig,
+)
 from segment import SegmentConfig
 
 README = (ROOT / "README.md").read_text()
@@ -19,7 +27,7 @@ def test_every_option_exists():
     for config in (TrainConfig, ModelConfig, LossConfig, EvalConfig, MaskConfig, SegmentConfig):
         for f in fields(config):
             name = f.name.replace("_", "-")
-            known |= {f"--{name}", f"--no-{name}"}
+            known |= {f"--{name}", f"--no-{name}"} if f.type is bool else {f"--{name}"}
     used = set(re.findall(r"--[a-z][a-z_-]+[a-z]", README))
     assert len(used) > 15
     assert used <= known, used - known
@@ -32,6 +40,10 @@ def test_every_file_and_benchmark_exists():
         assert (ROOT / name).exists(), name
     for name in DATASETS:
         assert f"`{name}`" in README
+
+
+def test_the_demo_takes_as_many_steps_as_it_says():
+    assert f"({TRAIN_PRESETS['shapes']['steps']:,} steps" in README
 
 
 def test_every_logged_name_is_explained():

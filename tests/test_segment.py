@@ -13,13 +13,22 @@ import torch
 from PIL import Image
 
 from checkpoint import load_model, model_content, save_atomically
-from clip import load_clip
+from clip import load_clip, noun_prompts, text_hidden, tokenize
 from config import MASK_PRESETS, TRAIN_PRESETS, MaskConfig, ModelConfig, UserError
 from datasets import shapes
 from draw import heat
 from evaluate import Segmenter
 from model import CoDe
-from segment import Result, SegmentConfig, main, page_item, pictures_and_words, score, word_masks
+from segment import (
+    Result,
+    SegmentConfig,
+    main,
+    page_item,
+    pictures_and_words,
+    score,
+    tokens_of,
+    word_masks,
+)
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -78,7 +87,7 @@ def test_words_in_a_picture(world):
 
 
 def test_without_background_every_pixel_has_a_word(world, tmp_path):
-    arguments = ("scene.png", "bug", "sand", "--no-background", "--out", tmp_path, *OPTIONS)
+    arguments = ("scene.png", "bug", "sand", "--no-background", "--out", tmp_path, *OPTIONS[:-2])
     assert segment(*arguments, folder=world).returncode == 0
     assert set(np.unique(Image.open(tmp_path / "scene.labels.png"))) == {1, 2}
 
@@ -128,7 +137,16 @@ def test_any_mode_and_orientation_and_a_bad_one_between_them(world, tmp_path):
         (("scene.png", "--caption", "it is so"), "no nouns found"),
         (("scene.png", "--caption", "a bug " * 40), "80 tokens"),
         (("scene.png", "bug " * 80), "80 tokens"),
+        (("scene.png", "bug " * 70), "a query holds 69 at most"),
+        (("scene.png", "x" * 2000), "tokens, a query holds"),
+        (("scene.png", "--caption", "a bug " + "x" * 2000), "tokens, but CLIP's"),
+        (("scene.png", "&nbsp;"), "an empty query"),
+        (("scene.png", "bug", "--no-background"), "give one of them"),
+        (("scene.png", "bug", "--html", "."), "a folder, not a file"),
+        (("scene.png", "bug", "--json", "scene.png/x"), "scene.png/x could not be written"),
+        (("scene.png", "bug", "--out", "scene.png"), "could not be written"),
         (("scene.png", "bug", "--preset", "thesis"), "add --preset shapes"),
+        (("scene.png", "bug", "--preset", "thesis", "--method", "maskclip"), "add --preset"),
         (("scene.png", "bug", "--preset", "forms"), "'thesis' or 'shapes'"),
         (("scene.png", "--caption", "a bug", "--checkpoint", "baseline.pt"), "no text segmenter"),
         ((".", "--checkpoint", "none.pt", "bug"), "none.pt"),
@@ -157,8 +175,6 @@ def test_word_masks_are_eq_3_3_for_every_word(world):
     masks = word_masks(model, caption, ["bug", "kite"])
     assert masks.shape == (2, len(caption.split()))
     assert (masks > 0).all() and (masks.sum(0) < 1).all()
-    from clip import embed_texts, noun_prompts, text_hidden, tokenize
-
     tokens = tokenize([caption])
     hidden = text_hidden(model.clip, model.clip.token_embedding(tokens))
     x = model.text_segmenter(hidden, tokens.argmax(-1))[0].detach().numpy()
@@ -168,7 +184,9 @@ def test_word_masks_are_eq_3_3_for_every_word(world):
     every = every / (1 + every.sum(1, keepdims=True))
     np.testing.assert_allclose(masks[:, 0], every[1], atol=1e-5)  # "a"
     np.testing.assert_allclose(masks[:, 2], every[3:5].mean(0), atol=1e-5)  # "bug" and ","
-    assert embed_texts(model.clip, tokens).shape == (1, 64)
+    long = len(tokens_of("unspeakablyxyz"))
+    assert long > 1
+    np.testing.assert_allclose(masks[:, 5], every[7 : 7 + long].mean(0), atol=1e-5)
 
 
 def test_score_of_an_absent_word():
@@ -218,7 +236,16 @@ CAPTION = "a bug & a <b>wheel</b> </script><script>document.title='taken'</scrip
 def page(world, browser):
     """The page of a scene and a caption full of markup; what it says and asks for is kept."""
     done = segment(
-        *("scene.png", "--caption", CAPTION, "--html", "page.html", "--out", "page", *OPTIONS),
+        *(
+            "scene.png",
+            "--caption",
+            "\ufeff " + CAPTION,
+            "--html",
+            "page.html",
+            "--out",
+            "page",
+            *OPTIONS,
+        ),
         folder=world,
     )
     assert done.returncode == 0, done.stderr
