@@ -4,17 +4,17 @@ Examples:
     python bench.py --json bench.json
     python bench.py --only window      # pieces whose name holds this
 
-Each piece has a process of its own, in which its plain form (written here from the definition) and
-ours run in turn, several times. The table gives medians of the time, and peaks of memory: what a
-form adds to what was held before it, and the whole process while ours runs. The floor is a bare
-forward pass of the frozen visual tower at 448 pixels, measured beside every window.
+Each piece has a process of its own, in which its plain form (`textbook.py`, from the definition)
+and ours run in turn, several times. The table gives medians of the time, and peaks of memory: the
+tensors of a form beyond those that were there before, and the whole process while ours runs. The
+floor is a bare forward pass of the frozen visual tower at 448 pixels, measured beside every window.
 """
 
-import contextlib
 import copy
 import ctypes
 import gc
 import io
+import itertools
 import json
 import os
 import statistics
@@ -24,30 +24,27 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock
 from PIL import Image
-from torch import Tensor, nn
 from tqdm import tqdm
 
-import clip as clip_functions
 import evaluate as evaluation
 import model as method
 from clip import embed_texts, load_clip, tokenize, visual_hidden
 from config import LossConfig, MaskConfig, ModelConfig, UserError, option, parse, run, save_text
-from data import Batch, PairStream, collate, make_loader, nltk_tagger
+from data import PairStream, collate, make_loader, nltk_tagger
 from datasets import ade20k, coco_stuff, voc
 from losses import code_losses
 from model import CoDe
 from pamr import pamr
 from sources import Shards
+from textbook import padded, plain_pamr, textbook
 
 
 @dataclass
@@ -57,66 +54,6 @@ class BenchConfig:
     repeats: int = option(5, "runs of every form; the median counts", low=1)
     only: str | None = option(None, "only pieces whose name holds this")
     json: str | None = option(None, "file to write the figures to")
-
-
-# --- the textbook forms ---------------------------------------------------------------------------
-
-
-def plain_pamr(
-    image: Tensor,
-    masks: Tensor,
-    iterations: int = 10,
-    dilations: Sequence[int] = (1, 2, 4, 8, 12, 24),
-) -> Tensor:
-    """PAMR as it is defined: all neighbours of all masks are formed in every step."""
-    height, width = masks.shape[-2:]
-    image = F.interpolate(image, (height, width), mode="bilinear", align_corners=True)
-
-    def neighbours(x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, 8 * len(dilations), H, W)
-        shifted = []
-        for d in dilations:
-            padded = F.pad(x, (d, d, d, d), mode="replicate")
-            for y in (0, d, 2 * d):
-                for left in (0, d, 2 * d):
-                    if (y, left) != (d, d):
-                        shifted.append(padded[..., y : y + height, left : left + width])
-        return torch.stack(shifted, dim=2)
-
-    around, centre = neighbours(image), image[:, :, None]
-    sampled = torch.cat([around, *[centre] * len(dilations)], dim=2)
-    spread = 1e-8 + 0.1 * sampled.std(dim=2, keepdim=True)
-    weights = (-(around - centre).abs() / spread).mean(1, keepdim=True).softmax(dim=2)
-    for _ in range(iterations):
-        masks = (neighbours(masks) * weights).sum(dim=2)
-    return masks
-
-
-def plain_upsample_and_convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    up = F.interpolate(x.movedim(-1, 1), scale_factor=2, mode="nearest")
-    return conv(up).movedim(1, -1)
-
-
-def plain_block(
-    block: ResidualAttentionBlock, x: Tensor, mask: Tensor | None = None, tokens: int | None = None
-) -> Tensor:
-    """open_clip's own forward pass of a block, at all positions."""
-    if mask is not None and mask.dim() > 2:  # of the text segmenter: one for every text and head
-        mask = mask.expand(len(x), block.attn.num_heads, x.shape[1], x.shape[1]).flatten(0, 1)
-    if mask is not None:
-        mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    return block(x, attn_mask=mask)[:, :tokens]
-
-
-@contextlib.contextmanager
-def textbook():
-    """Ours with every piece replaced by its textbook form."""
-    with (
-        mock.patch.object(method, "upsample_and_convolve", plain_upsample_and_convolve),
-        mock.patch.object(method, "transformer_block", plain_block),
-        mock.patch.object(clip_functions, "transformer_block", plain_block),
-        mock.patch.object(evaluation, "pamr", plain_pamr),
-    ):
-        yield
 
 
 # --- measuring ------------------------------------------------------------------------------------
@@ -135,15 +72,28 @@ def timed(function: Callable) -> float:
     return time.perf_counter() - tick
 
 
-def peak_memory(function: Callable) -> tuple[float, float]:
-    """MB of this process before and at the peak, freed memory having been given back before.
+def allocated(function: Callable, held: Callable | None) -> float:
+    """MB of tensors at the peak of a function, beyond those that were there before it.
+
+    held: makes what the function's form holds in memory besides.
+    """
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        kept = held() if held else None
+        function()
+        del kept
+    events = profiler.profiler.kineto_results.events()
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes, initial=0)) / 1e6
+
+
+def peak_memory(function: Callable) -> float:
+    """MB of this process at its peak, freed memory having been given back before.
 
     Not measured together with the time: watching slows down what is watched.
     """
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before = resident()
-    peak, done = [before], threading.Event()
+    peak, done = [resident()], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.001):
@@ -156,7 +106,7 @@ def peak_memory(function: Callable) -> tuple[float, float]:
     finally:
         done.set()
         watcher.join()
-    return before, peak[0]
+    return peak[0]
 
 
 def compare(
@@ -168,15 +118,13 @@ def compare(
     """
     seconds: dict[str, list] = {form: [] for form in forms}
     result: dict = {"piece": name}
+    held = held or {}
     for form, function in forms.items():  # also warms up
-        before = peak_memory(lambda: None)[0]
-        kept = held[form]() if held and form in held else None
-        _, peak = peak_memory(function)
-        del kept
-        result |= {f"{form}_mb": peak - before, f"{form}_process_mb": peak}
+        result[f"{form}_mb"] = allocated(function, held.get(form))
+    result["process_mb"] = peak_memory(forms["ours"])
     for _ in tqdm(range(repeats), name):
         for form, function in forms.items():
-            kept = held[form]() if held and form in held else None
+            kept = held[form]() if form in held else None
             seconds[form].append(timed(function))
             del kept
     return result | {f"{form}_s": statistics.median(values) for form, values in seconds.items()}
@@ -289,17 +237,6 @@ def training_step(repeats: int) -> dict:
     return compare("training step, 8 pairs", both, repeats, held={"plain": copies})
 
 
-def padded(batch: Batch) -> Batch:
-    """All texts of 77 tokens."""
-    texts = ("caption_tokens", "noun_tokens", "knowledge_tokens", "noun_labels")
-    longer = {}
-    for name in texts:
-        value = getattr(batch, name)
-        filling = -1 if name == "noun_labels" else 0
-        longer[name] = F.pad(value, (0, 77 - value.shape[1]), value=filling)
-    return replace(batch, **longer)
-
-
 def growth(repeats: int) -> dict:
     """What one more class, one more window and one more image cost."""
     model = make_model()
@@ -317,7 +254,7 @@ def growth(repeats: int) -> dict:
     def one_image():  # as evaluate.py does: one label map after the other
         segmenter.label_map(noise_picture(448, 448), CPU, background=False)
 
-    peaks = {image: peak_memory(one_image)[1] for image in range(1, 9)}
+    peaks = {image: peak_memory(one_image) for image in range(1, 9)}
     result = {"piece": "growth"}
     for name, values in (("class", by_class), ("window", by_window)):
         slope, start = np.polyfit(list(values), list(values.values()), 1)
@@ -388,7 +325,7 @@ def print_table(results: list[dict]) -> None:
             f"{ours / bare:.2f} ({bare:.3f} s)" if bare else "",
             f"{r['plain_mb']:.0f}" if plain else "",
             f"{r['ours_mb']:.0f}",
-            f"{r['ours_process_mb']:.0f}",
+            f"{r['process_mb']:.0f}",
         ]
         print("| " + " | ".join(cells) + " |")
     for r in results:
