@@ -221,7 +221,7 @@ def table(names: Sequence[str], rows: dict[str, list[dict]]) -> list[str]:
             difference,
             shares.get("words", ""),
             shares.get("told", ""),
-            f"{statistics.mean(f['seconds'] for f in rows[name]) / 60:.1f}",
+            f"{statistics.median(f['seconds'] for f in rows[name]) / 60:.1f}",
             "" if thesis is None else f"{thesis:.1f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
