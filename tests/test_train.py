@@ -277,6 +277,7 @@ def test_learning_rate():
         (("--pairs", "nowhere"), "--pairs nowhere: no such folder"),
         (("--shards", "nowhere/{00..12}.tar"), "nowhere/{00..12}.tar"),
         (("--preset", "shapes", "--clip", "RN50", "--clip-weights", "none"), "only plain ViTs"),
+        (("--clip", "ViT-M-16-alt", "--clip-weights", "none", "--preset", "shapes"), "only plain"),
         (("--preset", "shapes", "--clip", "ViT-Z"), "open_clip has no such model"),
         (("--preset", "shapes", "--resume", "--out", "nowhere"), "nowhere/last.pt: no such"),
         (("--preset", "shapes", "--pairs", "."), "--pairs and --preset shapes are two sources"),
