@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 
-from checkpoint import load_model
+from checkpoint import read_checkpoint
 from config import TRAIN_PRESETS, UserError, option, parse, run, save_text
 from datasets import shapes
 from draw import below, contact_sheet, legend, overlay, palette, save_png
@@ -101,12 +102,22 @@ def train(row: Row, seed: int, folder: Path, config: AblateConfig) -> None:
     CHILDREN.remove(child)
     if child.returncode:
         raise UserError(f"{folder}: training ended with exit code {child.returncode}: {line}")
-    if torch.load(folder / "last.pt", weights_only=True)["step"] < planned_steps(folder):
+    if read_checkpoint(folder / "last.pt")["step"] < planned_steps(config):
         raise KeyboardInterrupt  # it was told to stop, and saved
 
 
-def planned_steps(folder: Path) -> int:
-    return json.loads((folder / "config.json").read_text())["train"]["steps"]
+def planned_steps(config: AblateConfig) -> int:
+    return config.steps or TRAIN_PRESETS["shapes"]["steps"]
+
+
+def run_folder(name: str, seed: int, config: AblateConfig) -> Path:
+    return Path(config.out) / name / str(seed)
+
+
+def what_was_asked(name: str, config: AblateConfig) -> dict:
+    """What figures depend on besides the seed; kept with them."""
+    asked = {"options": list(ROWS[name].options), "steps": planned_steps(config)}
+    return {"asked": asked, "scenes": config.scenes}
 
 
 def training_seconds(folder: Path) -> float:
@@ -119,22 +130,21 @@ def training_seconds(folder: Path) -> float:
 
 def run_once(name: str, seed: int, config: AblateConfig) -> None:
     """Train and measure one row with one seed, unless its figures are there."""
-    folder = Path(config.out) / name / str(seed)
+    folder = run_folder(name, seed, config)
     train(ROWS[name], seed, folder, config)
-    model = load_model(str(folder / "last.pt"), torch.device("cpu"))
-    figures = {"mIoU": mean_ious(segmenter_of(folder / "last.pt"), config.scenes)}
-    figures["told"] = told_from_true_masks(model, config.scenes)
-    if model.decomposes_text:
-        figures["words"] = words_in_place(model, config.scenes)
-    asked = {"options": list(ROWS[name].options), "steps": planned_steps(folder)}
-    figures |= {"seconds": training_seconds(folder), "scenes": config.scenes, "asked": asked}
+    segmenter = segmenter_of(folder / "last.pt")
+    figures = {"mIoU": mean_ious(segmenter, config.scenes)}
+    figures["told"] = told_from_true_masks(segmenter.model, config.scenes)
+    if segmenter.model.decomposes_text:
+        figures["words"] = words_in_place(segmenter.model, config.scenes)
+    figures |= {"seconds": training_seconds(folder)} | what_was_asked(name, config)
     save_text(json.dumps(figures, indent=1), folder / "figures.json")
 
 
 def run_all(names: Sequence[str], config: AblateConfig) -> None:
     """All runs that are missing, `jobs` at a time."""
     wanted = [(name, seed) for seed in config.seeds for name in names]
-    folders = {job: Path(config.out) / job[0] / str(job[1]) for job in wanted}
+    folders = {job: run_folder(*job, config) for job in wanted}
     missing = [job for job, folder in folders.items() if not (folder / "figures.json").exists()]
     print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are done", flush=True)
     torch.set_num_threads(1)
@@ -158,14 +168,13 @@ def run_all(names: Sequence[str], config: AblateConfig) -> None:
 def finished(names: Sequence[str], config: AblateConfig) -> dict[str, list[dict]]:
     """Figures of every row that has all its seeds. Raises UserError for one of other options."""
     rows: dict[str, list[dict]] = {name: [] for name in names}
-    steps = config.steps or TRAIN_PRESETS["shapes"]["steps"]
     for name in names:
+        asked = what_was_asked(name, config)
         for seed in config.seeds:
-            path = Path(config.out) / name / str(seed) / "figures.json"
+            path = run_folder(name, seed, config) / "figures.json"
             if path.exists():
                 figures = json.loads(path.read_text())
-                asked = {"options": list(ROWS[name].options), "steps": steps}
-                if (figures["asked"], figures["scenes"]) != (asked, config.scenes):
+                if {key: figures[key] for key in asked} != asked:
                     raise UserError(
                         f"{path}: of other options; remove its folder, or name another --out"
                     )
@@ -230,11 +239,10 @@ def table(names: Sequence[str], rows: dict[str, list[dict]]) -> list[str]:
 
 def report(rows: dict[str, list[dict]], maskclip: dict, config: AblateConfig) -> str:
     """results/ablation.md."""
-    some = next(iter(rows.values()))[0]
     lines = [
         "# Ablations on the shapes world",
         "",
-        f"Made by `python ablate.py`: {some['asked']['steps']} steps a run, seeds "
+        f"Made by `python ablate.py`: {planned_steps(config)} steps a run, seeds "
         f"{', '.join(map(str, config.seeds))}; mIoU with background in percent on "
         f"{config.scenes} held-out scenes, refined, threshold 0.4: mean ± standard deviation of "
         "the seeds. A difference is beyond the noise when it exceeds 2.8 of its standard errors "
@@ -253,10 +261,10 @@ def report(rows: dict[str, list[dict]], maskclip: dict, config: AblateConfig) ->
     return "\n".join(lines)
 
 
-def sheet(rows: dict[str, list[dict]], config: AblateConfig, scenes: int = 6):
+def sheet(rows: dict[str, list[dict]], config: AblateConfig, scenes: int = 6) -> Image.Image:
     """The thesis's figure 4.3: image, ground truth and every variant of table 4.2."""
     names = [name for name in next(iter(TABLES.values())) if name in rows]
-    paths = [Path(config.out) / name / str(config.seeds[0]) / "last.pt" for name in names]
+    paths = [run_folder(name, config.seeds[0], config) / "last.pt" for name in names]
     segmenters = [segmenter_of(path) for path in (None, *paths)]
     benchmark, colours = load_benchmark("shapes", ""), palette(len(shapes.OBJECTS))
     lines = []

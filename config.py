@@ -294,8 +294,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     Whatever goes wrong, the previous file stays and the temporary one goes. Raises UserError.
     """
     path = Path(path)
-    if not path.name or path.is_dir():
-        raise UserError(f"{path}: a folder, not a file to write")
+    refuse_folder(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -306,6 +305,12 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def refuse_folder(path: str | Path) -> None:
+    """Raises UserError for a folder where a file is to be written."""
+    if not Path(path).name or Path(path).is_dir():
+        raise UserError(f"{path}: a folder, not a file to write")
 
 
 def save_text(text: str, path: str | Path) -> None:

@@ -44,6 +44,7 @@ from config import (
     parse,
     process_count,
     process_rank,
+    refuse_folder,
     run,
     save_text,
     start_processes,
@@ -130,8 +131,7 @@ class Segmenter:
         best, index = winners(self.planes(image, device), (image.height, image.width))
         if not background:
             return index
-        # In front of the classes, a constant plane at the threshold: it wins where none exceeds it.
-        return torch.where(best > background_threshold(self.config), index + 1, 0)
+        return with_background(best, index, background_threshold(self.config))
 
 
 def winners(planes: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -149,6 +149,11 @@ def winners(planes: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         index = torch.where(value > best, which + start, index)
         best = torch.maximum(best, value)
     return best, index
+
+
+def with_background(best: Tensor, index: Tensor, threshold: float) -> Tensor:
+    """Labels of `winners` behind a constant plane at the threshold: 0 where no mask exceeds it."""
+    return torch.where(best > threshold, index + 1, 0)
 
 
 def background_threshold(config: MaskConfig) -> float:
@@ -327,8 +332,8 @@ def load_method(config: MaskConfig, device: torch.device) -> tuple[open_clip.CLI
 
 def main() -> None:
     config, settings = parse(__doc__, EvalConfig, MaskConfig, presets=MASK_PRESETS)
-    if config.json and Path(config.json).is_dir():  # not after an hour
-        raise UserError(f"--json {config.json}: a folder, not a file to write")
+    if config.json:
+        refuse_folder(config.json)  # not after an hour
     names = THESIS_DATASETS if config.dataset == "all" else [config.dataset]
     benchmarks = [load_benchmark(name, config.root) for name in names]
     device = choose_device(settings.device)

@@ -22,8 +22,16 @@ from clip import (
 from config import MASK_PRESETS, PRIOR_TEMPLATES, MaskConfig
 from data import select_nouns, shapes_tagger
 from datasets import shapes
-from evaluate import IoU, Segmenter, load_benchmark, load_method, make_segmenter, winners
-from model import CoDe, highlight_image, highlight_text, word_mask
+from evaluate import (
+    IoU,
+    Segmenter,
+    load_benchmark,
+    load_method,
+    make_segmenter,
+    winners,
+    with_background,
+)
+from model import CoDe, highlight_image, highlight_text
 
 THRESHOLDS = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)  # of the background; 0.4 is the thesis's
 
@@ -45,7 +53,7 @@ def mean_ious(segmenter: Segmenter, scenes: int) -> dict[str, float]:
         image = benchmark.image(i)
         best, index = winners(segmenter.planes(image, torch.device("cpu")), image.size[::-1])
         for threshold, iou in sums.items():
-            iou.add(torch.where(best > threshold, index + 1, 0).numpy(), benchmark.label(i))
+            iou.add(with_background(best, index, threshold).numpy(), benchmark.label(i))
     return {str(threshold): iou.mean() for threshold, iou in sums.items()}
 
 
@@ -84,10 +92,9 @@ def words_in_place(model: CoDe, scenes: int) -> dict[str, float]:
         asked = [asked[k] for k in np.random.default_rng(i).permutation(len(asked))[:2]]
         tokens = tokenize([" ".join(words)])  # every word of this world is one token
         hidden = text_hidden(model.clip, model.clip.token_embedding(tokens))
-        x_t = model.text_segmenter(hidden, end_of_text(tokens))
         n = model.noun_embedding(noun_prompts(asked, len(model.context)))[:, None]
-        cases = word_mask(model.text_segmenter.word_logits(x_t, n))[0].argmax(0)[1:-1].tolist()
-        for word, noun, case in zip(words, nouns_of_words(words), cases):
+        cases = model.text_segmenter.word_cases(hidden, end_of_text(tokens), n)[0].argmax(0)
+        for word, noun, case in zip(words, nouns_of_words(words), cases[1:-1].tolist()):
             if noun in asked:
                 kind = "nouns" if word == noun else "adjectives"
                 found[kind].append(case == 1 + asked.index(noun))

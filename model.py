@@ -167,6 +167,10 @@ class TextSegmenter(nn.Module):
         """
         return self.word_scale * torch.einsum("blc,jbc->bjl", x_t, nouns) + self.word_bias
 
+    def word_cases(self, hidden: Tensor, eot: Tensor, nouns: Tensor) -> Tensor:
+        """`word_mask` of captions under their nouns, from `clip.text_hidden`: (b, J + 1, L)."""
+        return word_mask(self.word_logits(self(hidden, eot), nouns))
+
 
 def word_mask(logits: Tensor) -> Tensor:
     """Eq. 3.3: log-probability of every word over "none" and the J nouns.
@@ -301,8 +305,7 @@ class CoDe(nn.Module):
         with torch.no_grad():
             embeddings = clip.token_embedding(batch.caption_tokens)
             hidden = text_hidden(clip, embeddings)
-        x_t = self.text_segmenter(hidden, eot)  # (b, L, C)
-        cases = word_mask(self.text_segmenter.word_logits(x_t, n))  # (b, J + 1, L)
+        cases = self.text_segmenter.word_cases(hidden, eot, n)  # (b, J + 1, L)
         m_t = cases[:, 1:].exp().movedim(1, 0)  # (J, b, L)
 
         # 3.3, 3.4: highlighted word segments and their embeddings.

@@ -35,14 +35,15 @@ from config import (
     choose_device,
     option,
     parse,
+    refuse_folder,
     run,
     save_text,
     whole_file,
 )
 from data import nltk_tagger, select_nouns, shapes_tagger
 from draw import below, coloured_text, heat, legend, overlay, palette, save_png
-from evaluate import Segmenter, background_threshold, load_method, winners
-from model import CoDe, word_mask
+from evaluate import Segmenter, background_threshold, load_method, winners, with_background
+from model import CoDe
 from sources import IMAGE_SUFFIXES, BadSample, read_image
 
 
@@ -146,10 +147,10 @@ def word_masks(model: CoDe, caption: str, nouns: Sequence[str]) -> np.ndarray:
     start, end = tokenize([""])[0].tolist()
     tokens = torch.tensor([[start, *(t for piece in pieces for t in piece), end]], device=device)
     eot = end_of_text(tokens)
-    x_t = model.text_segmenter(text_hidden(model.clip, model.clip.token_embedding(tokens)), eot)
+    hidden = text_hidden(model.clip, model.clip.token_embedding(tokens))
     prompts = noun_prompts(nouns, len(model.context)).to(device)
     n = model.noun_embedding(prompts)[:, None]  # (J, 1, C)
-    masks = word_mask(model.text_segmenter.word_logits(x_t, n))[0, 1:, 1:-1].exp()  # (J, tokens)
+    masks = model.text_segmenter.word_cases(hidden, eot, n)[0, 1:, 1:-1].exp()  # (J, tokens)
     parts = masks.cpu().split([len(piece) for piece in pieces], dim=1)
     return torch.stack([part.mean(1) for part in parts], dim=1).numpy()
 
@@ -239,9 +240,8 @@ def main() -> None:
         raise UserError(f"--preset {config.preset}: 'thesis' or 'shapes'")
     if config.no_background and settings.background is not None:
         raise UserError("--no-background and --background: give one of them")
-    for name in (config.json, config.html):
-        if name and Path(name).is_dir():  # not after all the pictures
-            raise UserError(f"{name}: a folder, not a file to write")
+    for name in filter(None, (config.json, config.html)):
+        refuse_folder(name)  # not after all the pictures
     pictures, words = pictures_and_words(config.inputs)
     if config.caption is not None:
         config.caption = " ".join(word for word in config.caption.split() if tokens_of(word))
@@ -278,9 +278,7 @@ def main() -> None:
         planes = segmenter.planes(image, device)
         size = (image.height, image.width)
         best, index = (value.cpu() for value in winners(planes, size))
-        labels = index + 1
-        if not config.no_background:
-            labels[best <= threshold] = 0
+        labels = index + 1 if config.no_background else with_background(best, index, threshold)
         result = Result(name, image, best.numpy(), labels.numpy())
         save_png(picture_of(result, names, config.caption, masks), out / f"{name}.overlay.png")
         save_png(indexed(result.labels, names), out / f"{name}.labels.png")
