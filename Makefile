@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test lint format
 demo: .venv/ready
-	$(RUN) demo.py
+	$(RUN) -m experiments.demo
 
 test: .venv/ready
 	$(RUN) -m pytest

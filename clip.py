@@ -12,7 +12,7 @@ from pathlib import Path
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -20,6 +20,19 @@ from config import UserError
 
 # The input statistics are ImageNet's, as in both released programs, not CLIP's own.
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# TCL's templates for the prior branch's class embeddings (section 4.1).
+PRIOR_TEMPLATES = (
+    "itap of a {}.",
+    "a bad photo of a {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+    "a photo of many {}.",
+    "a photo of {}s.",
+)
 
 SHAPES_WEIGHTS = Path(__file__).parent / "datasets" / "shapes_clip.pt"
 SHAPES_ARCHITECTURE = dict(
@@ -67,7 +80,7 @@ def load_clip(name: str, weights: str = "openai") -> open_clip.CLIP:
 def _load_shapes_clip() -> open_clip.CLIP:
     clip = open_clip.CLIP(**SHAPES_ARCHITECTURE)
     if not SHAPES_WEIGHTS.exists():
-        raise UserError(f"{SHAPES_WEIGHTS} is missing: `python pretrain.py` makes it")
+        raise UserError(f"{SHAPES_WEIGHTS} is missing: `python -m experiments.pretrain` makes it")
     stored = torch.load(SHAPES_WEIGHTS, weights_only=True)
     state = {name: value.float() for name, value in stored["state"].items()}
     # Only the rows of tokens that the shapes world and CLIP's templates use are stored.
@@ -117,38 +130,20 @@ def _quiet():
 
 
 def transformer_block(
-    block: ResidualAttentionBlock,
-    x: Tensor,
-    mask: Tensor | None = None,
-    tokens: int | None = None,
+    block: ResidualAttentionBlock, x: Tensor, mask: Tensor | None = None
 ) -> Tensor:
     """x + attention(ln_1(x)), then + MLP(ln_2(x)): (B, N, width) -> (B, N, width).
 
-    mask: True where a position may look, broadcast to (B, heads, N, N). tokens: only the first so
-    many positions are computed, the others are merely looked at: (B, tokens, width).
+    mask: True where a position may look, broadcast to (B, heads, N, N). The block's own forward
+    pass is the same, but nn.MultiheadAttention copies more than it computes: a training step takes
+    a sixth longer with it (`experiments/bench.py`).
     """
-    attention, width = block.attn, x.shape[-1]
-    weights = attention.in_proj_weight.split([width, 2 * width])  # of queries; of keys and values
-    biases = attention.in_proj_bias.split([width, 2 * width])
-    y = block.ln_1(x)
-    query = F.linear(y[:, :tokens], weights[0], biases[0])
-    key, value = F.linear(y, weights[1], biases[1]).chunk(2, dim=-1)
-    heads = (
-        part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-        for part in (query, key, value)
-    )
-    mask = mask if mask is None else mask[..., :tokens, :]
-    y = F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2).flatten(2)
-    x = x[:, :tokens] + attention.out_proj(y)
-    return x + mlp(block, block.ln_2(x))
-
-
-def mlp(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
-    """The block's MLP. QuickGELU, x sigmoid(1.702 x), is written as a scaled SiLU: the same in one
-    operation, which keeps one tensor for the backward pass instead of three."""
-    x = block.mlp.c_fc(x)
-    quick = isinstance(block.mlp.gelu, QuickGELU)
-    return block.mlp.c_proj(F.silu(1.702 * x) / 1.702 if quick else block.mlp.gelu(x))
+    attention = block.attn
+    qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
+    qkv = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    y = F.scaled_dot_product_attention(*qkv, attn_mask=mask)  # (B, heads, N, width / heads)
+    x = x + attention.out_proj(y.transpose(1, 2).flatten(2))
+    return x + block.mlp(block.ln_2(x))
 
 
 # --- the visual tower -----------------------------------------------------------------------------
@@ -185,7 +180,7 @@ def maskclip_block(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
     width = x.shape[-1]
     weight, bias = block.attn.in_proj_weight[2 * width :], block.attn.in_proj_bias[2 * width :]
     x = x + block.attn.out_proj(F.linear(block.ln_1(x), weight, bias))
-    return x + mlp(block, block.ln_2(x))
+    return x + block.mlp(block.ln_2(x))
 
 
 def dense_embedding(clip: open_clip.CLIP, hidden: Tensor) -> Tensor:
@@ -196,14 +191,10 @@ def dense_embedding(clip: open_clip.CLIP, hidden: Tensor) -> Tensor:
 
 
 def image_embedding(clip: open_clip.CLIP, images: Tensor) -> Tensor:
-    """E^v, CLIP's pooled image embedding, normalised: (B, 3, S, S) -> (B, C).
-
-    It is read at the class token, so the last block computes nothing else.
-    """
+    """E^v, CLIP's image embedding read at the class token, normalised: (B, 3, S, S) -> (B, C)."""
     visual = clip.visual
-    last = visual.transformer.resblocks[-1]
-    pooled = transformer_block(last, visual_hidden(clip, images), tokens=1)[:, 0]
-    return F.normalize(visual.ln_post(pooled) @ visual.proj, dim=-1, eps=1e-6)
+    x = transformer_block(visual.transformer.resblocks[-1], visual_hidden(clip, images))
+    return F.normalize(visual.ln_post(x[:, 0]) @ visual.proj, dim=-1, eps=1e-6)
 
 
 # --- the text tower -------------------------------------------------------------------------------

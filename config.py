@@ -1,21 +1,15 @@
 """Plain dataclasses shared by the scripts, their presets, and how they become a command line."""
 
 import argparse
-import contextlib
-import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, get_args, get_origin
-
-import torch
-import torch.distributed as dist
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: the message says what, where, and what to do."""
+    """A mistake of the user: the message says what, where, and what to do."""
 
 
 def option(
@@ -62,6 +56,11 @@ class ModelConfig:
         True, "align with word segments (otherwise with bare noun embeddings)"
     )
 
+    @property
+    def cells_per_patch(self) -> int:
+        """How many cells of the mask grid lie along a patch: every upsampling block doubles it."""
+        return 2**self.upsampling_blocks
+
 
 @dataclass
 class LossConfig:
@@ -74,7 +73,7 @@ class LossConfig:
     image_contrast: float = option(0.1, "in L_seg^v: highlighted image against noun")
     region_contrast: float = option(0.1, "in L_seg^v: mask-pooled features against noun")
     area: float = option(0.5, "in L_seg^v: area of the masks of an image's own nouns")
-    area_prior: float = option(0.25, "share of the picture that an own noun should cover")
+    area_prior: float = option(0.25, "share of the image that an own noun should cover")
     area_others: float = option(0.05, "in L_seg^v: area of the masks of all other nouns (prior 0)")
     smooth_features: float = option(1.0, "in L_seg^v: total variation of the image embedding")
     smooth_masks: float = option(1.0, "in L_seg^v: total variation of the soft masks")
@@ -89,7 +88,7 @@ class TrainConfig:
     """How it is trained (section 3.5)."""
 
     preset: str = option("thesis", "named set of defaults: thesis, shapes")
-    pairs: str | None = option(None, "folder of pictures with same-named .txt captions")
+    pairs: str | None = option(None, "folder of images with same-named .txt captions")
     shards: tuple[str, ...] = option(
         ("data/gcc3m/gcc-train-{000000..000331}.tar", "data/gcc12m/cc-{000000..001242}.tar"),
         "webdataset shards of pairs; braces and globs",
@@ -111,7 +110,7 @@ class TrainConfig:
     )
     max_grad_norm: float = option(5.0, "gradient clipping", low=1e-9)
     min_crop: float = option(
-        0.9, "least share of the picture that a random crop keeps", low=0.01, high=1
+        0.9, "least share of the image that a random crop keeps", low=0.01, high=1
     )
     seed: int = option(0, "everything random follows from it", low=0)
     device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
@@ -126,7 +125,6 @@ class TrainConfig:
     eval_every: int = option(5000, "steps between two evaluations (at a checkpoint)", low=1)
     eval_limit: int | None = option(None, "evaluate on the first N images only", low=1)
     tensorboard: bool = option(False, "write TensorBoard files into --out too")
-    compile: bool = option(False, "compile the model with torch.compile")
 
 
 @dataclass
@@ -162,27 +160,53 @@ class EvalConfig:
 
     dataset: str = option("shapes", "a benchmark, or 'all' for the six of the thesis's table 4.1")
     root: str = option("data", "folder with the raw benchmark folders")
-    json: str | None = option(None, "file to write the figures to")
+    json: str | None = option(None, "file to write the metrics to")
     save_predictions: str | None = option(None, "folder for label maps as indexed PNGs, raw ids")
-    show: int = option(0, "write N pictures: image, ground truth, prediction, legend", low=0)
-    show_dir: str = option("out/show", "folder for the pictures of --show")
+    show: int = option(0, "write N images: image, ground truth, prediction, legend", low=0)
+    show_dir: str = option("out/show", "folder for the images of --show")
     limit: int | None = option(
-        None, "evaluate the first N images only; the figures are partial", low=1
+        None, "evaluate the first N images only; the metrics are partial", low=1
     )
 
 
-# TCL's templates for the prior branch's class embeddings (section 4.1).
-PRIOR_TEMPLATES = (
-    "itap of a {}.",
-    "a bad photo of a {}.",
-    "a origami {}.",
-    "a photo of the large {}.",
-    "a {} in a video game.",
-    "art of the {}.",
-    "a photo of the small {}.",
-    "a photo of many {}.",
-    "a photo of {}s.",
-)
+# --- presets --------------------------------------------------------------------------------------
+
+# What differs from the thesis in the shapes world, whose images are 64 pixels wide and whose CLIP
+# has higher cosines than the real one.
+TRAIN_PRESETS = {
+    "thesis": {},
+    "shapes": dict(
+        clip="shapes",
+        steps=800,
+        batch_size=16,
+        lr=2e-3,
+        final_lr=0.1,
+        warmup=0.1,
+        context_init="a photo of a",
+        mask_scale=20.0,
+        mask_bias=-6.5,
+        image_contrast=0.5,
+        region_contrast=0.5,
+        area=2.0,
+        area_others=10.0,
+        area_prior=0.3,
+        workers=1,
+    ),
+}
+MASK_PRESETS = {
+    "shapes": dict(
+        clip="shapes",
+        short_side=64,
+        window=64,
+        stride=64,
+        pamr_dilations=(1, 2, 4, 8),
+        prior_scale=15.0,
+        prior_bias=0.4,
+    ),
+}
+
+
+# --- the command line -----------------------------------------------------------------------------
 
 
 def parse(description: str, *configs: type, presets: dict[str, dict] | None = None) -> tuple:
@@ -251,108 +275,3 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of --device; "auto" is this process's GPU if there is one. Raises UserError."""
-    if name == "auto":
-        local = os.environ.get("LOCAL_RANK", "0")
-        name = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def start_processes(device: torch.device) -> None:
-    """Join the other processes if torchrun started this one."""
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-
-
-def stop_processes() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def process_rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def process_count() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-@contextlib.contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """A temporary name to write to, renamed to `path` at the end: never a half-written file.
-
-    Whatever goes wrong, the previous file stays and the temporary one goes. Raises UserError.
-    """
-    path = Path(path)
-    refuse_folder(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} could not be written ({error.strerror})") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def refuse_folder(path: str | Path) -> None:
-    """Raises UserError for a folder where a file is to be written."""
-    if not Path(path).name or Path(path).is_dir():
-        raise UserError(f"{path}: a folder, not a file to write")
-
-
-def save_text(text: str, path: str | Path) -> None:
-    """Write a text file with a newline at its end. Raises UserError."""
-    with whole_file(path) as temporary:
-        temporary.write_text(text + "\n")
-
-
-# The six of the thesis's table 4.1, in its order; TCL's two variants without background; our own.
-THESIS_DATASETS = ("voc", "context", "coco_object", "coco_stuff", "cityscapes", "ade20k")
-DATASETS = (*THESIS_DATASETS, "voc20", "context59", "shapes")
-
-# What differs from the thesis in the shapes world, whose pictures are 64 pixels wide and whose CLIP
-# has higher cosines than the real one.
-TRAIN_PRESETS = {
-    "thesis": {},
-    "shapes": dict(
-        clip="shapes",
-        steps=800,
-        batch_size=16,
-        lr=2e-3,
-        final_lr=0.1,
-        warmup=0.1,
-        context_init="a photo of a",
-        mask_scale=20.0,
-        mask_bias=-6.5,
-        image_contrast=0.5,
-        region_contrast=0.5,
-        area=2.0,
-        area_others=10.0,
-        area_prior=0.3,
-        workers=1,
-    ),
-}
-MASK_PRESETS = {
-    "shapes": dict(
-        clip="shapes",
-        short_side=64,
-        window=64,
-        stride=64,
-        pamr_dilations=(1, 2, 4, 8),
-        prior_scale=15.0,
-        prior_bias=0.4,
-    ),
-}

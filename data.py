@@ -1,14 +1,14 @@
 """Pairs of image and text for training: noun selection (3.1, 3.5), augmentation, batches.
 
 Every reader (one loader worker of one training process) has its own share of the pairs. Its order
-and everything random about a pair follow from the seed, the pass over the data and the place in the
-pass alone, so that a reader can go on anywhere and nothing has to be saved but its place.
+and everything random about a pair follow from the seed, the epoch and the offset in the epoch
+alone, so that a reader can go on anywhere and nothing has to be saved but epoch and offset.
 """
 
 import collections
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import nltk
 import numpy as np
@@ -80,23 +80,19 @@ class Batch:
     caption_tokens: Tensor  # (b, L)
     noun_tokens: Tensor  # (J*b, L'), `clip.noun_prompts`
     knowledge_tokens: Tensor  # (J*b, L''), the nouns in hand-written templates
-    noun_labels: Tensor  # (b, L), the released pseudo-labels
+    noun_labels: Tensor | None = None  # (b, L), the released pseudo-labels if they are asked for
     skipped: Counts = field(default_factory=Counts)  # bad pairs by cause
-    position: tuple[int, int, int] = (0, 0, 0)  # reader, and its pass and place after this batch
+    position: tuple[int, int, int] = (0, 0, 0)  # reader, and its epoch and offset after this batch
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True)
-            for f in fields(self)
-            if f.type is Tensor
-        }
+        moved = {k: v.to(device, non_blocking=True) for k, v in self.tensors().items()}
         return replace(self, **moved)
 
     def pin_memory(self) -> "Batch":
-        pinned = {
-            f.name: getattr(self, f.name).pin_memory() for f in fields(self) if f.type is Tensor
-        }
-        return replace(self, **pinned)
+        return replace(self, **{k: v.pin_memory() for k, v in self.tensors().items()})
 
 
 def released_labels(caption_tokens: Tensor, nouns: Sequence[str], others: Sequence[str]) -> Tensor:
@@ -122,26 +118,31 @@ def collate(
     others: Sequence[Sequence[str]],
     templates: Sequence[Sequence[str]],
     context_length: int,
+    with_released_labels: bool = False,
 ) -> Batch:
     """Tokenise b pairs. drawn: each pair's J nouns; others: its remaining nouns; templates: one
     hand-written template with a {} per drawn noun."""
     captions = tokenize(captions)
     nouns = [pair[j] for j in range(len(drawn[0])) for pair in drawn]  # noun-major
     forms = [pair[j] for j in range(len(drawn[0])) for pair in templates]
-    return Batch(
+    batch = Batch(
         torch.stack(list(images)),
         captions,
         noun_prompts(nouns, context_length),
         tokenize([form.format(noun) for form, noun in zip(forms, nouns)]),
-        torch.stack([released_labels(*row) for row in zip(captions, drawn, others)]),
     )
+    if with_released_labels:
+        labels = [released_labels(*row) for row in zip(captions, drawn, others)]
+        batch.noun_labels = torch.stack(labels)
+    return batch
 
 
 @dataclass
 class PairStream(IterableDataset):
     """Endless batches of one training process, read by its loader's workers.
 
-    start: where each reader goes on, {reader: (pass, place)}; turn: the worker whose turn it is.
+    start: where each reader goes on, {reader: (epoch, offset)}; next_worker: the one that delivers
+    the next batch; with_released_labels: whether batches have them.
     A UserError in the stream means that the data is unusable: the training process raises it.
     """
 
@@ -155,27 +156,26 @@ class PairStream(IterableDataset):
     seed: int
     rank: int = 0
     processes: int = 1
+    with_released_labels: bool = False
     start: dict[int, tuple[int, int]] = field(default_factory=dict)
-    turn: int = 0
+    next_worker: int = 0
 
     def __iter__(self) -> Iterator[Batch | UserError]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        # Workers deliver in turn: after resuming, the first one takes over whose turn it was.
-        reader, readers = (
-            self.rank * workers + (worker + self.turn) % workers,
-            self.processes * workers,
-        )
-        pass_, place = self.start.get(reader, (0, 0))
+        # Workers deliver in turn: after resuming, the first one stands in for the next one.
+        reader = self.rank * workers + (worker + self.next_worker) % workers
+        readers = self.processes * workers
+        epoch, offset = self.start.get(reader, (0, 0))
         samples: list[tuple] = []
         skipped: Counts = Counts()
         recent: collections.deque[bool] = collections.deque(maxlen=1000)  # was it bad?
         while True:
-            good, first = 0, place
-            items = self.source.order(self.seed, pass_, reader, readers)
-            for item in itertools.islice(items, place, None):
-                rng = np.random.default_rng((self.seed, pass_, reader, place))
-                place += 1
+            good, first = 0, offset
+            items = self.source.order(self.seed, epoch, reader, readers)
+            for item in itertools.islice(items, offset, None):
+                rng = np.random.default_rng((self.seed, epoch, reader, offset))
+                offset += 1
                 try:
                     samples.append(self.prepare(item, rng))
                     good += 1
@@ -189,17 +189,17 @@ class PairStream(IterableDataset):
                         f"({listed(skipped)}): is this the right data?"
                     )
                 if len(samples) == self.pairs:
-                    batch = collate(*zip(*samples), self.context_length)
-                    yield replace(batch, skipped=skipped, position=(reader, pass_, place))
+                    batch = collate(*zip(*samples), self.context_length, self.with_released_labels)
+                    yield replace(batch, skipped=skipped, position=(reader, epoch, offset))
                     samples, skipped = [], Counts()
             if first == 0 and good < self.pairs:
                 found = f"{good} usable pairs for a batch of {self.pairs}"
                 causes = f" ({listed(skipped)})" if skipped else ""
                 yield UserError(
-                    f"a whole pass over a reader's share of the data gave {found}{causes}; "
+                    f"a whole epoch of a reader's share of the data gave {found}{causes}; "
                     "a smaller --batch-size or fewer --workers need less"
                 )
-            pass_, place = pass_ + 1, 0
+            epoch, offset = epoch + 1, 0
 
     def prepare(self, item, rng: np.random.Generator) -> tuple:
         """Read and augment one pair, draw its nouns and templates: the arguments of `collate`."""
@@ -230,11 +230,6 @@ def make_loader(stream: PairStream, workers: int, pin_memory: bool) -> DataLoade
         batch_size=None,
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread,
         multiprocessing_context="fork" if workers else None,
         prefetch_factor=4 if workers else None,
     )
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)

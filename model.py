@@ -1,12 +1,13 @@
 """The method: chapter 3 of the thesis, in its order and with its names.
 
 Shapes: b pairs in this process, B in the global batch, J nouns per pair; T = J * B triplets
-(image, text, noun) in noun-major order (every pair's first noun, then every pair's second).
-C: CLIP's embedding width; C_t: its text width; h x w: patches; L: positions of the longest caption.
+(image, text, noun) of the global batch, noun-major: the first noun of all pairs, then the second.
+C: CLIP's embedding width, C_t: its text width; H x W: mask grid; S: side of an image; L: positions.
 """
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import open_clip
 import torch
@@ -27,7 +28,7 @@ from clip import (
     visual_hidden,
 )
 from config import ModelConfig, UserError
-from losses import Decomposition, gather, local_rows
+from support.distributed import gather_triplets
 
 # --- 3.2 region masks -----------------------------------------------------------------------------
 
@@ -45,42 +46,25 @@ class UpsamplingBlock(nn.Module):
         self.gates = nn.ParameterList(nn.Parameter(torch.zeros(())) for _ in range(convs))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, h, w, width) -> (B, 2h, 2w, width); channels last suits LayerNorm and convolution."""
-        h, w = x.shape[1:3]
-        for i, (norm, conv, gate) in enumerate(zip(self.norms, self.convs, self.gates)):
-            y = F.gelu(norm(x))
-            if i == 0:  # x as (B, h, 1, w, 1, width) stands for its nearest upsampling
-                y = upsample_and_convolve(y, conv).unflatten(2, (w, 2)).unflatten(1, (h, 2))
-                x = torch.addcmul(x[:, :, None, :, None], gate.tanh(), y)
-                x = x.flatten(3, 4).flatten(1, 2)
+        """(B, width, h, w) -> (B, width, 2h, 2w), in memory channels last as LayerNorm wants."""
+        for norm, conv, gate in zip(self.norms, self.convs, self.gates):
+            y = F.gelu(norm(x.movedim(1, -1)).movedim(-1, 1))
+            if conv is self.convs[0]:
+                x, y = F.interpolate(x, scale_factor=2), upsample_and_convolve(y, conv)
             else:
-                x = torch.addcmul(x, gate.tanh(), conv(y.movedim(-1, 1)).movedim(1, -1))
+                y = conv(y)
+            x = x + gate.tanh() * y
         return x
 
 
 def upsample_and_convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """conv(nearest x2 (x)) for a zero-padded 3x3 convolution, without ever upsampling its input.
+    """conv(nearest x2 (x)) of a zero-padded 3x3 convolution: (B, C, h, w) -> (B, C, 2h, 2w).
 
-    After nearest upsampling a 3x3 window covers only 2x2 different cells, so each of the four
-    output phases (even or odd row, even or odd column) is a 2x2 convolution at the low resolution,
-    whose weights are sums of the 3x3 ones: 2.25 times fewer multiplications.
-    (B, h, w, C) -> (B, 2h, 2w, C), equal up to rounding, borders included.
+    It is one transposed convolution: a cell reaches the 4x4 outputs around its own 2x2, each
+    through the sum of those taps that fall on its copies.
     """
-    # Which of the three taps fall on the first and on the second of the two cells.
-    even, odd = [[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]
-    taps = torch.tensor([even, odd], dtype=conv.weight.dtype, device=x.device)  # (phase, cell, tap)
-    sums = torch.einsum("pak,qbl->klpqab", taps, taps).reshape(9, 16)
-    kernels = (conv.weight.flatten(2) @ sums).unflatten(-1, (2, 2, 2, 2))  # (C, C, p, q, a, b)
-    h, w = x.shape[1:3]
-    x = F.pad(x.movedim(-1, 1), (1, 1, 1, 1))
-    rows = []
-    for p in (0, 1):  # output row 2y + p sees the cells y - 1 + p and y + p
-        phases = [
-            F.conv2d(x[..., p : p + h + 1, q : q + w + 1], kernels[:, :, p, q], conv.bias)
-            for q in (0, 1)
-        ]
-        rows.append(torch.stack([phase.movedim(1, -1) for phase in phases], dim=3))
-    return torch.stack(rows, dim=2).flatten(3, 4).flatten(1, 2)  # rows and columns interleaved
+    kernel = 4 * F.avg_pool2d(conv.weight.flip(2, 3), 2, stride=1, padding=1)  # (C, C, 4, 4)
+    return F.conv_transpose2d(x, kernel.transpose(0, 1), conv.bias, stride=2, padding=1)
 
 
 class ImageSegmenter(nn.Module):
@@ -106,16 +90,20 @@ class ImageSegmenter(nn.Module):
         self.requires_grad_(True)
 
     def forward(self, hidden: Tensor, image_size: tuple[int, int]) -> Tensor:
-        """x^v from `clip.visual_hidden` of images of that size: (b, 4h, 4w, C), normalised."""
-        h, w = image_size[0] // self.patch, image_size[1] // self.patch
-        x = maskclip_block(self.block, hidden[:, 1:]).unflatten(1, (h, w))
+        """x^v from `clip.visual_hidden` of images of that size: (b, H, W, C), normalised."""
+        patches = image_size[0] // self.patch, image_size[1] // self.patch
+        x = maskclip_block(self.block, hidden[:, 1:]).unflatten(1, patches).movedim(-1, 1)
         for block in self.upsampling:
-            x = block(x)
-        return F.normalize(self.ln_post(x) @ self.proj, dim=-1, eps=1e-6)
+            x = block(x)  # (b, width, H, W)
+        return F.normalize(self.ln_post(x.movedim(1, -1)) @ self.proj, dim=-1, eps=1e-6)
 
     def mask_logits(self, x_v: Tensor, nouns: Tensor) -> Tensor:
-        """w s + b with s = x^v . n: (b, H, W, C) and nouns (N, C) -> (b, N, H, W)."""
-        similarity = torch.einsum("bhwc,nc->bnhw", x_v, nouns)
+        """w s + b, s = x^v . n, whose sigmoid is the soft mask: (b, H, W, C) -> (b, N, H, W).
+
+        nouns: the same for all images, (N, C), or each image's own, (b, N, C).
+        """
+        nouns = nouns.expand(len(x_v), *nouns.shape[-2:])
+        similarity = torch.einsum("bhwc,bnc->bnhw", x_v, nouns)
         return self.mask_scale * similarity + self.mask_bias
 
 
@@ -155,42 +143,38 @@ class TextSegmenter(nn.Module):
         """x^t from `clip.text_hidden`: (b, L, C_t), (b,) -> (b, L, C), normalised."""
         position = torch.arange(hidden.shape[1], device=eot.device)
         mask = (position <= eot[:, None])[:, None, None]  # (b, 1, 1, L)
-        x = hidden
         for block in self.blocks:
-            x = transformer_block(block, x, mask)
-        return F.normalize(x, dim=-1, eps=1e-6)
+            hidden = transformer_block(block, hidden, mask)
+        return F.normalize(hidden, dim=-1, eps=1e-6)
 
     def word_logits(self, x_t: Tensor, nouns: Tensor) -> Tensor:
-        """Eq. 3.2: l_j,i = w x^t_i . n_j + b.
+        """Eq. 3.2: l_j,i = w x^t_i . n_j + b, behind a constant logit 0 for "none" of the nouns.
 
-        x_t: (b, L, C); nouns: the J nouns of every caption, (J, b, C). Returns (b, J, L).
+        x_t: (b, L, C); nouns: the J nouns of every caption, (J, b, C). Returns (b, J + 1, L).
         """
-        return self.word_scale * torch.einsum("blc,jbc->bjl", x_t, nouns) + self.word_bias
-
-    def word_cases(self, hidden: Tensor, eot: Tensor, nouns: Tensor) -> Tensor:
-        """`word_mask` of captions under their nouns, from `clip.text_hidden`: (b, J + 1, L)."""
-        return word_mask(self.word_logits(self(hidden, eot), nouns))
+        logits = self.word_scale * torch.einsum("blc,jbc->bjl", x_t, nouns) + self.word_bias
+        return F.pad(logits, (0, 0, 1, 0))
 
 
-def word_mask(logits: Tensor) -> Tensor:
-    """Eq. 3.3: log-probability of every word over "none" and the J nouns.
+def word_mask(word_logits: Tensor) -> Tensor:
+    """Eq. 3.3: m^t of every noun, the softmax over "none" and the J nouns.
 
-    The 1 in the denominator is exp of a constant logit 0, so this is a softmax over J + 1 cases.
-    (b, J, L) -> (b, J + 1, L), case 0 being "none"; the exponential of cases 1..J is m^t.
+    The 1 in the denominator is exp(0) of "none". (b, J + 1, L) -> (b, J, L).
     """
-    return torch.cat([torch.zeros_like(logits[:, :1]), logits], dim=1).log_softmax(dim=1)
+    return word_logits.softmax(dim=1)[:, 1:]
 
 
 # --- 3.3 region-word highlighting -----------------------------------------------------------------
 
 
-def highlight_image(image: Tensor, mask: Tensor, region_prompt: Tensor) -> Tensor:
+def highlight_image(images: Tensor, mask: Tensor, region_prompt: Tensor) -> Tensor:
     """Eq. 3.4: H^v = X^v M^v + P^v (1 - M^v).
 
-    image: (T, 3, H, W); mask: (T, h, w), resized to the image (nearest); prompt: (3, H, W).
+    images: (b, 3, S, S); mask: M^v of every noun (J, b, H, W), resized to the images (nearest);
+    prompt: (3, S, S). Returns (J, b, 3, S, S).
     """
-    mask = F.interpolate(mask[:, None], image.shape[-2:], mode="nearest")
-    return image * mask + region_prompt * (1 - mask)
+    mask = F.interpolate(mask, images.shape[-2:], mode="nearest")[:, :, None]
+    return images * mask + region_prompt * (1 - mask)
 
 
 def highlight_text(embeddings: Tensor, mask: Tensor, word_prompt: Tensor, eot: Tensor) -> Tensor:
@@ -207,6 +191,19 @@ def highlight_text(embeddings: Tensor, mask: Tensor, word_prompt: Tensor, eot: T
 # --- the whole ------------------------------------------------------------------------------------
 
 
+@dataclass
+class Decomposition:
+    """What the model makes of b pairs: all that the losses need."""
+
+    n: Tensor  # noun embeddings of the global batch (T, C)
+    n_knowledge: Tensor  # n'_j of the same nouns, these pairs' (J, b, C), without gradient
+    x_v: Tensor  # pixel-wise image embedding (b, H, W, C)
+    masks: Tensor  # soft masks of these images under the nouns of all: (b, T, H, W)
+    e_v: Tensor  # region embeddings of Eq. 3.6 (J, b, C)
+    e_t: Tensor | None = None  # word segment embeddings of Eq. 3.6 (J, b, C); None without C
+    word_logits: Tensor | None = None  # Eq. 3.2: (b, J + 1, L), "none" first
+
+
 class CoDe(nn.Module):
     """Image-text co-decomposition: everything learned, around one frozen CLIP."""
 
@@ -214,44 +211,35 @@ class CoDe(nn.Module):
         super().__init__()
         self.config = config
         self.clip = clip  # frozen; the one copy of its weights that everything uses
-        width = clip.token_embedding.embedding_dim
+        width, size = clip.token_embedding.embedding_dim, clip.visual.image_size
         start = tokenize([config.context_init])[0, 1:-1]  # none at all in TCL's released model
         if len(start) > 70:
             raise UserError("--context-init: at most 70 tokens, the noun needs the rest of 77")
         self.context = nn.Parameter(clip.token_embedding(start).detach().clone())
         self.image_segmenter = ImageSegmenter(clip, config)
-        # Temperatures of the contrastive losses, as log scales; CLIP's start of 0.07.
-        log_scale = torch.tensor(1 / 0.07).log()
-        self.image_log_scale = nn.Parameter(log_scale.clone())
-        self.region_log_scale = nn.Parameter(log_scale.clone())
-        if config.co_decomposition:
-            self.hcl_log_scale = nn.Parameter(log_scale.clone())
         if self.decomposes_text:
             self.text_segmenter = TextSegmenter(clip, config)
-        size = clip.visual.image_size
-        prompts = {"region_prompt": torch.zeros(3, *size), "word_prompt": torch.zeros(77, width)}
-        learned = {
-            "region_prompt": config.co_decomposition and config.region_prompt,
-            "word_prompt": self.decomposes_text and config.word_prompt,
-        }
-        for name, zeros in prompts.items():
-            if learned[name]:
-                self.register_parameter(name, nn.Parameter(zeros))
-            else:
-                self.register_buffer(name, zeros, persistent=False)
+        # log(1 / tau) of the contrastive losses, tau = 0.07 at the start.
+        for name in ("image", "region", "hcl") if config.co_decomposition else ("image", "region"):
+            setattr(self, f"{name}_log_scale", nn.Parameter(torch.tensor(1 / 0.07).log()))
+        # P^v and P^t start as zeros; where an ablation does not learn them, they stay so.
+        learned = config.co_decomposition and config.region_prompt
+        self.region_prompt = learned_or_constant(torch.zeros(3, *size), learned)
+        learned = self.decomposes_text and config.word_prompt
+        self.word_prompt = learned_or_constant(torch.zeros(77, width), learned)
 
     @property
     def decomposes_text(self) -> bool:
         return self.config.co_decomposition and self.config.word_segments
 
-    def train(self, mode: bool = True) -> "CoDe":
-        super().train(mode)
-        self.clip.eval()
-        return self
-
     def learned_state(self) -> dict[str, Tensor]:
         """Every learned tensor by name: the state without the frozen CLIP."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith("clip.")}
+
+    def logit_scales(self) -> dict[str, Tensor]:
+        """1 / tau of the contrasts "image", "region" and "hcl", at most 100."""
+        own = {k.removesuffix("_log_scale"): p for k, p in self.named_parameters(recurse=False)}
+        return {k: own[k].exp().clamp(max=100) for k in ("image", "region", "hcl") if k in own}
 
     def noun_embedding(self, tokens: Tensor) -> Tensor:
         """n_j (KgCoOp, section 3.2): learned context and noun through the frozen text tower.
@@ -268,51 +256,41 @@ class CoDe(nn.Module):
         """Decompose b pairs (a `data.Batch`) into regions and word segments.
 
         Eq. 3.6: e^v = E^v(H^v), e^t = E^t(H^t), of every highlighted region and word segment.
-
-        noise: logistic noise for the hard masks (T_local, 4h, 4w), None for none.
+        noise: logistic noise for the hard masks (J, b, H, W), None for none.
         """
-        clip, images = self.clip, batch.images
-        pairs, nouns_per_pair = len(images), len(batch.noun_tokens) // len(images)
-        size = tuple(images.shape[-2:])
-
-        # 3.1, 3.2: noun embeddings, and what hand-written prompts say of the same nouns.
-        n = self.noun_embedding(batch.noun_tokens)  # (J*b, C)
-        with torch.no_grad():
+        clip, images = self.clip, batch.images  # (b, 3, S, S)
+        with torch.no_grad():  # what only the frozen CLIP has to say
             n_knowledge = embed_texts(clip, batch.knowledge_tokens)
-        n = n.unflatten(0, (nouns_per_pair, pairs))  # (J, b, C)
-        every_noun = gather(n, dim=1).flatten(0, 1)  # (T, C), the global batch's
+            visual = visual_hidden(clip, images)
+            words = clip.token_embedding(batch.caption_tokens)  # X^t (b, L, C_t)
+            textual = text_hidden(clip, words)
+        eot = end_of_text(batch.caption_tokens)
 
-        # 3.2: region masks, of these images under the nouns of all images.
-        with torch.no_grad():
-            hidden = visual_hidden(clip, images)
-        x_v = self.image_segmenter(hidden, size)  # (b, 4h, 4w, C)
-        logits = self.image_segmenter.mask_logits(x_v, every_noun)  # (b, T, 4h, 4w)
-        own = own_nouns(logits, nouns_per_pair)  # (J*b, 4h, 4w)
-        mask = hard_mask(own, noise)
+        n = self.noun_embedding(batch.noun_tokens).unflatten(0, (-1, len(images)))  # (J, b, C)
+        n_knowledge = n_knowledge.view_as(n)
+        nouns = gather_triplets(n)  # (T, C)
 
-        # 3.3, 3.4: highlighted regions and their embeddings.
-        repeated = images.expand(nouns_per_pair, *images.shape).flatten(0, 1)
-        e_v = image_embedding(clip, highlight_image(repeated, mask, self.region_prompt))
+        # 3.2: region masks, of these images under the nouns of all and, to highlight, their own.
+        x_v = self.image_segmenter(visual, tuple(images.shape[-2:]))  # (b, H, W, C)
+        masks = self.image_segmenter.mask_logits(x_v, nouns).sigmoid()  # (b, T, H, W)
+        own = self.image_segmenter.mask_logits(x_v, n.transpose(0, 1)).transpose(0, 1)
+        m_v = hard_mask(own, noise)  # M^v (J, b, H, W)
 
-        masks = logits.sigmoid().to(x_v.dtype)  # autocast keeps logits in half, x_v in full
-        result = Decomposition(n.flatten(0, 1), n_knowledge, x_v, masks, e_v)
+        h_v = highlight_image(images, m_v, self.region_prompt)  # Eq. 3.4: (J, b, 3, S, S)
+        e_v = image_embedding(clip, h_v.flatten(0, 1)).view_as(n)  # Eq. 3.6
+        d = Decomposition(nouns, n_knowledge, x_v, masks.to(x_v.dtype), e_v)
         if not self.decomposes_text:
-            result.e_t = n.flatten(0, 1) if self.config.co_decomposition else None
-            return result
+            d.e_t = n if self.config.co_decomposition else None
+            return d
 
         # 3.2: word masks, of these captions under their own nouns.
-        eot = end_of_text(batch.caption_tokens)
-        with torch.no_grad():
-            embeddings = clip.token_embedding(batch.caption_tokens)
-            hidden = text_hidden(clip, embeddings)
-        cases = self.text_segmenter.word_cases(hidden, eot, n)  # (b, J + 1, L)
-        m_t = cases[:, 1:].exp().movedim(1, 0)  # (J, b, L)
+        x_t = self.text_segmenter(textual, eot)  # (b, L, C)
+        d.word_logits = self.text_segmenter.word_logits(x_t, n)  # Eq. 3.2: (b, J + 1, L)
+        m_t = word_mask(d.word_logits).transpose(0, 1)  # Eq. 3.3: (J, b, L)
 
-        # 3.3, 3.4: highlighted word segments and their embeddings.
-        highlighted = highlight_text(embeddings, m_t, self.word_prompt, eot)
-        result.e_t = text_embedding(clip, highlighted.flatten(0, 1), eot.repeat(nouns_per_pair))
-        result.word_cases = cases
-        return result
+        h_t = highlight_text(words, m_t, self.word_prompt, eot)  # Eq. 3.5: (J, b, L, C_t)
+        d.e_t = text_embedding(clip, h_t.flatten(0, 1), eot.repeat(len(n))).view_as(n)  # Eq. 3.6
+        return d
 
     @torch.no_grad()
     def class_embedding(self, names: Sequence[str]) -> Tensor:
@@ -321,10 +299,6 @@ class CoDe(nn.Module):
         return torch.cat([self.noun_embedding(chunk) for chunk in tokens.split(64)])
 
 
-def own_nouns(logits: Tensor, nouns_per_pair: int) -> Tensor:
-    """Each local image's planes under its own nouns: (b, T, H, W) -> (J*b, H, W), noun-major."""
-    pairs = logits.shape[1] // nouns_per_pair  # B
-    rows = local_rows(len(logits), logits.device)  # which of the B pairs are here
-    planes = logits.unflatten(1, (nouns_per_pair, pairs))  # (b, J, B, H, W)
-    here = torch.arange(len(logits), device=logits.device)
-    return planes[here, :, rows].movedim(1, 0).flatten(0, 1)
+def learned_or_constant(x: Tensor, learned: bool) -> Tensor:
+    """A parameter, or a constant that no checkpoint holds."""
+    return nn.Parameter(x) if learned else nn.Buffer(x, persistent=False)

@@ -1,6 +1,6 @@
 """Pixel-adaptive mask refinement (Araslanov & Roth, CVPR 2020), used on masks at evaluation (4.1).
 
-Every pixel has 8 neighbours at each of several dilations, weighted by how alike the picture is in
+Every pixel has 8 neighbours at each of several dilations, weighted by how alike the image is in
 both places. The weights of a pixel sum to one, so refinement is a random walk on the pixels: a
 sparse row-stochastic matrix (H*W rows with 8 * len(dilations) entries each) that is applied to all
 masks a few times. `F.embedding_bag` is that product: row p of the result is the weighted sum of
@@ -55,7 +55,7 @@ def pamr(
     iterations: int = 10,
     dilations: Sequence[int] = (1, 2, 4, 8, 12, 24),
 ) -> Tensor:
-    """Refine masks by the colours of the picture.
+    """Refine masks by the colours of the image.
 
     image: (B, 3, H, W), any range; masks: (B, N, h, w). The image is resized bilinearly (corners
     aligned) to the masks' size. Returns masks of the same shape, each value a weighted mean of the
@@ -66,10 +66,10 @@ def pamr(
     image = F.interpolate(image.float(), (height, width), mode="bilinear", align_corners=True)
     index = neighbours(height, width, dilations, masks.device)
     refined = []
-    for picture, planes in zip(image, masks.float().flatten(2)):  # planes: (N, H*W)
-        weights = affinity(picture, index, dilations)
-        planes = planes.T.contiguous()
+    for pixels, mask in zip(image, masks.float().flatten(2)):  # (3, H, W) and (N, H*W)
+        weights = affinity(pixels, index, dilations)
+        mask = mask.T.contiguous()
         for _ in range(iterations):
-            planes = F.embedding_bag(index, planes, mode="sum", per_sample_weights=weights)
-        refined.append(planes.T.unflatten(1, (height, width)))
+            mask = F.embedding_bag(index, mask, mode="sum", per_sample_weights=weights)
+        refined.append(mask.T.unflatten(1, (height, width)))
     return torch.stack(refined)

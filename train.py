@@ -2,11 +2,10 @@
 
 Examples:
     python train.py --preset shapes                     # the built-in world, no download
-    python train.py --pairs DIR                         # pictures with same-named .txt captions
+    python train.py --pairs DIR                         # images with same-named .txt captions
     torchrun --nproc_per_node=4 train.py --pairs DIR    # the same on four GPUs
 """
 
-import collections
 import json
 import math
 import signal
@@ -15,20 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
-from checkpoint import (
-    check_clip,
-    load_learned,
-    model_content,
-    places_to_go_on,
-    read_run,
-    save_atomically,
-    save_run,
-)
-from clip import load_clip
+from checkpoints.ours import Progress, model_content, resume_run, save_checkpoint, save_run
+from clip import end_of_text, load_clip
 from config import (
     MASK_PRESETS,
     TRAIN_PRESETS,
@@ -38,21 +29,29 @@ from config import (
     ModelConfig,
     TrainConfig,
     UserError,
-    choose_device,
     parse,
+    run,
+)
+from data import Batch, PairStream, make_loader, nltk_tagger, shapes_tagger
+from datasets import load_benchmark
+from evaluate import evaluate, make_segmenter
+from losses import code_losses, pseudo_labels, region_statistics, word_statistics
+from model import CoDe, Decomposition
+from sources import open_source
+from support.distributed import (
+    all_gather,
+    any_process,
+    choose_device,
+    gather_triplets,
     process_count,
     process_rank,
-    run,
-    save_text,
     start_processes,
     stop_processes,
 )
-from data import Batch, PairStream, Tagger, make_loader, nltk_tagger, shapes_tagger
-from evaluate import evaluate, load_benchmark, make_segmenter
-from log import Log
-from losses import code_losses, local_rows
-from model import CoDe
-from sources import Folder, ShapesWorld, Shards
+from support.files import save_text
+from support.log import Log
+
+# --- what a step is made of -----------------------------------------------------------------------
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -79,30 +78,64 @@ def make_optimizer(model: CoDe, config: TrainConfig) -> torch.optim.AdamW:
     )
 
 
-def logistic_noise(batch: Batch, grid: tuple[int, int], seed: int, step: int) -> Tensor:
-    """Noise of the Gumbel-sigmoid for this process's triplets: (J*b, *grid).
+def make_scaler(device: torch.device, scaled: bool) -> torch.amp.GradScaler:
+    """Loss scaling for float16. Elsewhere a scale that starts at 1 and never grows, for what else
+    the scaler does: an update with a gradient that is not finite is left out."""
+    if scaled:
+        return torch.amp.GradScaler(device.type)
+    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
+
+
+def logistic_noise(
+    nouns: int, pairs: int, grid: tuple[int, int], seed: int, step: int, device: torch.device
+) -> Tensor:
+    """Noise of the Gumbel-sigmoid for this process's b pairs with J nouns: (J, b, *grid).
 
     It is drawn for the global batch from the seed and the step, so that it depends neither on how
     many processes share the batch nor on whether the run was interrupted before this step.
     """
-    device, pairs = batch.images.device, len(batch.images)
-    nouns = len(batch.noun_tokens) // pairs
     generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
     shape = (nouns, pairs * process_count(), *grid)
     uniform = torch.rand(shape, generator=generator, device=device).clamp(1e-6, 1 - 1e-6)
-    return torch.logit(uniform)[:, local_rows(pairs, device)].flatten(0, 1)
+    return torch.logit(uniform).chunk(process_count(), dim=1)[process_rank()]
 
 
-def open_source(config: TrainConfig) -> tuple[Folder | ShapesWorld | Shards, Tagger]:
-    """The pairs that the options ask for, and the tagger of their nouns. Raises UserError."""
-    if config.pairs is not None:
-        return Folder(config.pairs), nltk_tagger()
-    if config.preset == "shapes":
-        return ShapesWorld(5000), shapes_tagger()
-    shards = Shards(config.shards)
-    if shards.missing and process_rank() == 0:
-        print(f"{len(shards.paths)} shards found, {shards.missing} of the named ones are missing")
-    return shards, nltk_tagger()
+def global_losses(
+    d: Decomposition, model: CoDe, batch: Batch, config: LossConfig
+) -> dict[str, Tensor]:
+    """`losses.code_losses` of the global batch; what it needs of other processes is gathered, with
+    gradients. So every process has the same losses, and K processes with b pairs each have the
+    gradients of one with K * b pairs once DistributedDataParallel has averaged them."""
+    words = None
+    if d.word_logits is not None:
+        labels = batch.noun_labels
+        if config.pseudo_labels == "thesis":
+            labels = pseudo_labels(d.word_logits, end_of_text(batch.caption_tokens))
+        words = all_gather(word_statistics(d.word_logits, labels, config.none_weight))
+    return code_losses(
+        d.n,
+        gather_triplets(d.n_knowledge),
+        gather_triplets(d.e_v),
+        None if d.e_t is None else gather_triplets(d.e_t),
+        tuple(all_gather(x) for x in region_statistics(d.x_v, d.masks, d.n)),
+        words,
+        model.logit_scales(),
+        config,
+    )
+
+
+def evaluate_model(model: CoDe, config: TrainConfig) -> float:
+    """mIoU on --eval-dataset, the images being shared by all processes."""
+    settings = MaskConfig(**MASK_PRESETS.get(config.eval_dataset, {}))
+    limited = EvalConfig(config.eval_dataset, limit=config.eval_limit)
+    benchmark = load_benchmark(config.eval_dataset, config.eval_root)
+    model.eval()
+    metrics = evaluate(make_segmenter(model.clip, model, benchmark, settings), benchmark, limited)
+    model.train()
+    return metrics["mIoU"]
+
+
+# --- the run --------------------------------------------------------------------------------------
 
 
 def check_options(config: TrainConfig, loss_config: LossConfig) -> None:
@@ -124,6 +157,12 @@ def check_options(config: TrainConfig, loss_config: LossConfig) -> None:
         raise UserError(
             f"{config.out} holds a run: --resume goes on with it, or name another --out"
         )
+    if config.eval_dataset:
+        try:
+            load_benchmark(config.eval_dataset, config.eval_root)  # not after an hour
+        except UserError as error:
+            text = str(error).replace("--root", "--eval-root")
+            raise UserError(text.replace("--dataset", "--eval-dataset")) from None
 
 
 def main() -> None:
@@ -132,32 +171,22 @@ def main() -> None:
     )
     device = choose_device(config.device)
     start_processes(device)
-    main_process = process_rank() == 0
     check_options(config, loss_config)
-    source, tagger = open_source(config)
-
-    out = Path(config.out)
-    content = read_run(out / "last.pt", config, model_config, loss_config) if config.resume else {}
-    if config.eval_dataset:
-        try:
-            load_benchmark(config.eval_dataset, config.eval_root)  # not after an hour
-        except UserError as error:
-            text = str(error).replace("--root", "--eval-root")
-            raise UserError(text.replace("--dataset", "--eval-dataset")) from None
+    source = open_source(config)
+    tagger = shapes_tagger() if config.preset == "shapes" else nltk_tagger()
 
     torch.manual_seed(config.seed)
     model = CoDe(load_clip(model_config.clip, model_config.clip_weights), model_config).to(device)
     optimizer = make_optimizer(model, config)
-    step, best, places, turn = 0, -1.0, {}, 0
-    if content:
-        check_clip(content, model, out / "last.pt")
-        load_learned(model, content["model"], out / "last.pt")
-        optimizer.load_state_dict(content["optimizer"])
-        step, best = content["step"], content["best"]
-        places, turn = places_to_go_on(content, config.workers)
-        if main_process and places != content["places"]:
-            before, now = content["processes"], process_count()
-            print(f"{before} processes before, {now} now, or other workers: next pass of data")
+    # bfloat16 where the GPU has it, float16 with loss scaling on older ones, float32 on CPU.
+    on_gpu = device.type == "cuda"
+    half = torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float16
+    autocast = torch.autocast(device.type, half, enabled=on_gpu)
+    scaler = make_scaler(device, scaled=on_gpu and half is torch.float16)
+    progress = Progress()
+    if config.resume:
+        last = Path(config.out, "last.pt")
+        progress = resume_run(last, model, optimizer, scaler, config, loss_config)
     stream = PairStream(
         source,
         tagger,
@@ -169,135 +198,96 @@ def main() -> None:
         seed=config.seed,
         rank=process_rank(),
         processes=process_count(),
-        start=places,
-        turn=turn,
+        with_released_labels=loss_config.pseudo_labels == "release",
+        start=progress.offsets,
+        next_worker=progress.next_worker,
     )
-    if main_process:
+    if process_rank() == 0:
         configs = {"train": config, "model": model_config, "loss": loss_config}
         configs = {name: asdict(value) for name, value in configs.items()}
-        save_text(json.dumps(configs, indent=1), out / "config.json")
+        save_text(json.dumps(configs, indent=1), Path(config.out, "config.json"))
+    loader = make_loader(stream, config.workers, pin_memory=on_gpu)
+    train(model, optimizer, scaler, autocast, loader, progress, config, loss_config)
+    stop_processes()
 
-    # bfloat16 where the GPU has it, float16 with loss scaling on older ones, float32 on CPU.
-    on_gpu = device.type == "cuda"
-    half = torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float16
-    autocast = torch.autocast(device.type, half, enabled=on_gpu)
-    scaler = make_scaler(device, scaled=on_gpu and half is torch.float16)
-    if content:
-        scaler.load_state_dict(content["scaler"])
 
+def train(
+    model: CoDe,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    autocast: torch.autocast,
+    loader: DataLoader,
+    progress: Progress,
+    config: TrainConfig,
+    loss_config: LossConfig,
+) -> None:
+    """The loop of section 3.5, from `progress` to the last step or until it is asked to stop."""
     # Clusters preempt with SIGTERM: finish the step, save, and leave in good order.
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stopping.append(number))
 
+    out, device, batches = Path(config.out), model.context.device, iter(loader)
     unfreeze_step = round(config.unfreeze * config.steps)
-    finer = 2**model_config.upsampling_blocks  # the mask grid against the patch grid
-    grid = tuple(finer * side for side in model.clip.visual.grid_size)
-    loader = iter(make_loader(stream, config.workers, pin_memory=on_gpu))
-    log = Log(out, config, step) if main_process else None
+    grid = tuple(model.config.cells_per_patch * side for side in model.clip.visual.grid_size)
+    pairs = config.batch_size // process_count()
     learned = [p for name, p in model.named_parameters() if not name.startswith("clip.")]
-    ddp, bad_step, bad_terms = (
-        None,
-        torch.tensor(-1, device=device),
-        torch.tensor(False, device=device),
-    )
-    waited, skipped = 0.0, collections.Counter()
+    log, ddp = Log(out, config, progress.step, writes=process_rank() == 0), None
     model.train()
 
-    while step < config.steps:
+    while progress.step < config.steps:
         # Two phases: the copy of the last visual block joins in the second.
-        if ddp is None or step == unfreeze_step:
-            model.image_segmenter.block.requires_grad_(step >= unfreeze_step)
+        if ddp is None or progress.step == unfreeze_step:
+            model.image_segmenter.block.requires_grad_(progress.step >= unfreeze_step)
             ddp = DistributedDataParallel(model) if process_count() > 1 else model
-            ddp = torch.compile(ddp) if config.compile else ddp
+        rate = learning_rate(progress.step, config)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
+            group["lr"] = rate
 
         asked = time.perf_counter()
-        batch = next(loader)
-        waited += time.perf_counter() - asked
+        batch = next(batches)
+        log.waited += time.perf_counter() - asked
         if isinstance(batch, UserError):
             raise batch
-        reader, *place = batch.position
-        places[reader], turn = tuple(place), (turn + 1) % max(1, config.workers)
-        skipped += batch.skipped
+        reader, *offset = batch.position
+        progress.offsets[reader] = tuple(offset)
+        progress.next_worker = (progress.next_worker + 1) % max(1, config.workers)
+        log.skipped += batch.skipped
         batch = batch.to(device)
 
+        noise = logistic_noise(config.nouns, pairs, grid, config.seed, progress.step, device)
         with autocast:
-            decomposition = ddp(batch, logistic_noise(batch, grid, config.seed, step))
-        tokens, labels = batch.caption_tokens, batch.noun_labels
-        terms = code_losses(decomposition, model, tokens, labels, loss_config)
+            decomposition = ddp(batch, noise)
+        terms = global_losses(decomposition, model, batch, loss_config)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(terms["total"]).backward()
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(learned, config.max_grad_norm)
         scaler.step(optimizer)  # leaves the weights alone if a gradient is not finite
         scaler.update()
-        # No value is read from the device in a step: that would wait for all of its work.
-        unsound = ~torch.isfinite(torch.stack(list(terms.values())))
-        first = (bad_step < 0) & unsound[0]
-        bad_step = torch.where(first, step, bad_step)
-        bad_terms = torch.where(first, unsound, bad_terms)
-        step += 1
+        log.record(terms)
+        progress.step += 1
 
-        last = step == config.steps
-        talk = step % config.log_every == 0 or last
-        stop = agreed(bool(stopping), device) if talk or process_count() == 1 else False
-        if talk or stop:
-            if bad_step.item() >= 0:
-                names = [name for name, bad in zip(terms, bad_terms.tolist()) if bad]
-                raise UserError(
-                    f"step {bad_step.item()}: {', '.join(names)} not finite; the weights were not "
-                    f"changed by it; --resume goes on from {out}/last.pt if there is one"
-                )
-            if log:
-                rate = learning_rate(step - 1, config)
-                log.write(step, rate, model, terms, norm, decomposition, waited, skipped)
-            waited = 0.0
-        due = step % config.checkpoint_every == 0 or last or stop
-        if config.eval_dataset and (step % config.eval_every == 0 or last):
-            reached, due = evaluate_model(model, config, device), True
-            if reached > best and main_process:
-                save_atomically(model_content(model) | {"mIoU": reached}, out / "best.pt")
-            best = max(best, reached)
-        if due:
-            state = (model, optimizer, scaler, step, best, places, turn)
-            save_run(out / "last.pt", *state, config, loss_config)
+        last = progress.step == config.steps
+        log_now = progress.step % config.log_every == 0 or last
+        stop = any_process(bool(stopping), device) if log_now or process_count() == 1 else False
+        if log_now or stop:
+            more = {"grad_norm": norm, "mask_area": decomposition.masks.mean()}
+            more |= {f"{k}_temperature": 1 / scale for k, scale in model.logit_scales().items()}
+            log.write(progress.step, rate, terms, more)
+        save_now = progress.step % config.checkpoint_every == 0 or last or stop
+        if config.eval_dataset and (progress.step % config.eval_every == 0 or last):
+            reached, save_now = evaluate_model(model, config), True
+            if reached > progress.best and process_rank() == 0:
+                save_checkpoint(model_content(model) | {"mIoU": reached}, out / "best.pt")
+            progress.best = max(progress.best, reached)
+        if save_now:
+            save_run(out / "last.pt", model, optimizer, scaler, progress, config, loss_config)
         if stop:
             break
-    if log:
-        log.close()
-        print(f"{out}/last.pt: step {step} of {config.steps}")
-    stop_processes()
-
-
-def make_scaler(device: torch.device, scaled: bool) -> torch.amp.GradScaler:
-    """Loss scaling for float16. Elsewhere a scale that starts at 1 and never grows, for what else
-    the scaler does: an update with a gradient that is not finite is left out."""
-    if scaled:
-        return torch.amp.GradScaler(device.type)
-    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
-
-
-def agreed(stop: bool, device: torch.device) -> bool:
-    """Whether any process was told to stop: all must leave at the same step."""
-    if process_count() == 1:
-        return stop
-    flag = torch.tensor(int(stop), device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag.item())
-
-
-def evaluate_model(model: CoDe, config: TrainConfig, device: torch.device) -> float:
-    """mIoU on --eval-dataset, the images being shared by all processes."""
-    settings = MaskConfig(**MASK_PRESETS.get(config.eval_dataset, {}))
-    limited = EvalConfig(config.eval_dataset, limit=config.eval_limit)
-    benchmark = load_benchmark(config.eval_dataset, config.eval_root)
-    model.eval()
-    segmenter = make_segmenter(model.clip, model, benchmark, settings)
-    figures = evaluate(segmenter, benchmark, limited, device)
-    model.train()
-    return figures["mIoU"]
+    log.close()
+    if process_rank() == 0:
+        print(f"{out}/last.pt: step {progress.step} of {config.steps}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Benchmarks. Each module of this folder has `load(root) -> Benchmark`."""
 
+import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,10 @@ import numpy as np
 from PIL import Image
 
 from config import UserError
+
+# The six of the thesis's table 4.1, in its order; TCL's two variants without background; our own.
+THESIS_DATASETS = ("voc", "context", "coco_object", "coco_stuff", "cityscapes", "ade20k")
+DATASETS = (*THESIS_DATASETS, "voc20", "context59", "shapes")
 
 IGNORED = 255  # class index of pixels that do not count
 UNKNOWN = 254  # in a lookup table: a raw label id that the benchmark does not have
@@ -33,6 +38,13 @@ class Benchmark:
     def __post_init__(self) -> None:
         self.raw_ids = self.raw_ids or tuple(range(len(self.class_names)))
         self.palette = self.palette or colours()
+
+
+def load_benchmark(name: str, root: str) -> Benchmark:
+    """A benchmark by its name. Raises UserError for an unknown name or a wrong folder."""
+    if name not in DATASETS:
+        raise UserError(f"--dataset {name}: not one of {', '.join(DATASETS)}")
+    return importlib.import_module(f"datasets.{name}").load(root)
 
 
 def colours() -> list[int]:
@@ -126,8 +138,8 @@ def read_label(path: Path) -> np.ndarray:
 
 def map_label(raw: np.ndarray, table: np.ndarray, image: Path, label: Path) -> np.ndarray:
     """Raw ids to class indices; UserError for an unknown id or a size that is not the image's."""
-    with Image.open(image) as picture:
-        width, height = picture.size
+    with Image.open(image) as opened:
+        width, height = opened.size
     if raw.shape != (height, width):
         raise UserError(
             f"label {label} is {raw.shape[1]} x {raw.shape[0]}, its image {image.name} "

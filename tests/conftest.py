@@ -1,17 +1,30 @@
 import os
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(os.environ.get("CODE_GOLDEN", ROOT.parent / "shared" / "golden"))
+NLTK_DATA = ROOT.parent / "shared" / "nltk_data"
+sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not spin beside other tests
 
 import open_clip  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
-from config import ModelConfig, run  # noqa: E402
+from checkpoints.ours import model_content, save_checkpoint  # noqa: E402
+from clip import load_clip  # noqa: E402
+from config import TRAIN_PRESETS, ModelConfig, run  # noqa: E402
+from data import Batch, collate  # noqa: E402
+from datasets import shapes  # noqa: E402
 from model import CoDe  # noqa: E402
+
+CPU = torch.device("cpu")
+CAPTIONS = ["a red kite and a ball on the grass", "the tiny bug near a house", "a moon with a star"]
+NOUNS = [("kite", "ball"), ("bug", "house"), ("moon", "star")]
 
 
 def random_clip(seed: int = 0) -> open_clip.CLIP:
@@ -38,6 +51,28 @@ def random_model(seed: int = 0, **changes) -> CoDe:
     return model
 
 
+def some_batch(
+    model: CoDe,
+    captions: Sequence[str] = CAPTIONS,
+    nouns: Sequence[Sequence[str]] = NOUNS,
+    seed: int = 1,
+) -> Batch:
+    """A batch of random images with captions, released labels included."""
+    torch.manual_seed(seed)
+    size = model.clip.visual.image_size[0]
+    images = torch.randn(len(captions), 3, size, size)
+    forms = [["a photo of a {}.", "art of the {}."]] * len(captions)
+    others = [()] * len(nouns)
+    context = len(model.context)
+    return collate(images.unbind(), captions, nouns, others, forms, context, True)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 @pytest.fixture
 def model() -> CoDe:
     return random_model()
@@ -56,3 +91,21 @@ def mistake(monkeypatch, capsys) -> Callable:
         return line
 
     return said
+
+
+def model_config(**changes) -> ModelConfig:
+    names = ModelConfig.__dataclass_fields__
+    preset = {k: v for k, v in TRAIN_PRESETS["shapes"].items() if k in names}
+    return ModelConfig(**preset | changes)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A folder with an untrained checkpoint and a scene: regions are MaskCLIP's, words random."""
+    folder = tmp_path_factory.mktemp("segment")
+    torch.manual_seed(0)
+    for name, changes in (("code.pt", {}), ("baseline.pt", {"co_decomposition": False})):
+        model = CoDe(load_clip("shapes"), model_config(**changes))
+        save_checkpoint(model_content(model), folder / name)
+    Image.fromarray(shapes.scene("test", 1).image).save(folder / "scene.png")
+    return folder

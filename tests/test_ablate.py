@@ -1,4 +1,4 @@
-"""ablate.py: what its tables say follows from the runs, and the runs survive being stopped."""
+"""The ablations: their tables follow from the runs, and the runs survive being stopped."""
 
 import json
 import math
@@ -10,16 +10,18 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from PIL import Image
 
-from ablate import ROWS, TABLES, main, spread, table, verdict
-from checkpoint import read_checkpoint
-from measure import nouns_of_words
+from checkpoints.ours import read_checkpoint
+from config import LossConfig, ModelConfig, TrainConfig, parse
+from experiments.ablate import ROWS, TABLES, main, spread, table, verdict
+from experiments.measure import nouns_of_words
 
-ROOT = Path(__file__).parents[1]
+ABLATE = (sys.executable, "-m", "experiments.ablate")
 
 
-def figures(mious: tuple[float, ...]) -> list[dict]:
+def metrics(mious: tuple[float, ...]) -> list[dict]:
     every = ("0.3", "0.35", "0.4", "0.45", "0.5", "0.55", "0.6")
     return [{"mIoU": {t: m + (t == "0.35") for t in every}, "seconds": 90.0} for m in mious]
 
@@ -34,7 +36,7 @@ def test_spread_and_verdict():
 
 
 def test_rows_of_the_tables():
-    rows = {"baseline": figures((50.0, 51.0, 52.0)), "c": figures((54.0, 55.0, 56.0))}
+    rows = {"baseline": metrics((50.0, 51.0, 52.0)), "c": metrics((54.0, 55.0, 56.0))}
     lines = table(("baseline", "c", "cw"), rows)
     assert len(lines) == 4  # cw is not done
     assert lines[2].split(" | ")[1:4] == ["51.0 ± 1.0", "52.0 ± 1.0 (0.35)", ""]
@@ -53,7 +55,7 @@ def test_which_noun_a_word_speaks_of():
 
 
 def ablate(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "ablate.py", "--out", str(folder), "--results", str(folder / "r")]
+    command = [*ABLATE, "--out", str(folder), "--results", str(folder / "r")]
     command += ["--steps", "3", "--scenes", "3", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
@@ -65,18 +67,18 @@ def test_it_trains_measures_draws_and_skips_what_is_done(tmp_path, mistake):
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "r" / "ablation.md").read_text()
     assert "0 of 2 runs are done" in done.stdout
-    found = json.loads((tmp_path / "cwr" / "0" / "figures.json").read_text())
+    found = json.loads((tmp_path / "cwr" / "0" / "metrics.json").read_text())
     assert found["mIoU"]["0.4"] >= 0 and set(found["words"]) == {"nouns", "adjectives"}
-    assert found["told"]["words"] > 90  # zeros in a caption do not confuse the shapes world's CLIP
+    assert found["true_masks"]["words"] > 90  # zeros do not harm the words here
     assert f"| + C + W + R (CoDe) | {found['mIoU']['0.4']:.1f} ± nan |" in text
     assert "29.8" in text and "not measured here" in text
     with Image.open(tmp_path / "r" / "ablation.png") as sheet:
         assert sheet.width > 5 * 160
 
-    before = (tmp_path / "cwr" / "0" / "figures.json").stat().st_mtime_ns
+    before = (tmp_path / "cwr" / "0" / "metrics.json").stat().st_mtime_ns
     again = ablate(tmp_path, "--rows", "baseline", "cwr", "--seeds", "0")
     assert again.returncode == 0 and "2 of 2 runs are done" in again.stdout, again.stderr
-    assert (tmp_path / "cwr" / "0" / "figures.json").stat().st_mtime_ns == before
+    assert (tmp_path / "cwr" / "0" / "metrics.json").stat().st_mtime_ns == before
 
     options = ("--rows", "baseline", "--seeds", "0", "--out", tmp_path)
     assert "of other options" in mistake(main, *options, "--steps", "3", "--scenes", "4")
@@ -86,7 +88,7 @@ def test_it_trains_measures_draws_and_skips_what_is_done(tmp_path, mistake):
 
 
 def test_it_can_be_stopped_and_given_again(tmp_path):
-    command = [sys.executable, "ablate.py", "--out", str(tmp_path), "--rows", "c", "--seeds", "0"]
+    command = [*ABLATE, "--out", str(tmp_path), "--rows", "c", "--seeds", "0"]
     command += ["--steps", "60", "--scenes", "2", "--results", str(tmp_path / "r")]
     first, log = subprocess.Popen(command, cwd=ROOT), tmp_path / "c" / "0" / "log.jsonl"
     while not log.exists():
@@ -95,7 +97,7 @@ def test_it_can_be_stopped_and_given_again(tmp_path):
     first.send_signal(signal.SIGTERM)
     assert first.wait(60) == 130
     stopped = read_checkpoint(log.with_name("last.pt"))["step"]  # its training saved and ended
-    assert 10 <= stopped < 60 and not log.with_name("figures.json").exists()
+    assert 10 <= stopped < 60 and not log.with_name("metrics.json").exists()
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps[-1] == 60 and read_checkpoint(log.with_name("last.pt"))["step"] == 60
@@ -108,8 +110,6 @@ def test_an_unknown_row_is_one_line(mistake):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_every_row_is_a_command_line_that_train_takes(row):
-    from config import LossConfig, ModelConfig, TrainConfig, parse
-
     sys.argv, before = ["train.py", *ROWS[row].options], sys.argv
     try:
         train, model, loss = parse("", TrainConfig, ModelConfig, LossConfig)

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDEN, ROOT
 from PIL import Image
-from test_released import GOLDEN, ROOT
 
-from config import THESIS_DATASETS
-from evaluate import IoU, load_benchmark
+from datasets import THESIS_DATASETS, load_benchmark
+from evaluate import IoU
 
 RAW = GOLDEN / "raw"
 pytestmark = pytest.mark.skipif(not RAW.is_dir(), reason=f"no miniature benchmarks in {RAW}")
@@ -45,7 +45,7 @@ def all_six(checkpoint, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("all")
     done = run(
         *("evaluate.py", "--dataset", "all", "--root", str(RAW), "--checkpoint", checkpoint),
-        *("--json", str(out / "figures.json"), "--save-predictions", str(out)),
+        *("--json", str(out / "metrics.json"), "--save-predictions", str(out)),
     )
     assert done.returncode == 0, done.stderr
     assert "| code, here |" in done.stdout
@@ -80,7 +80,7 @@ def test_iou_of_the_expected_label_maps(name):
         assert (value is None and np.isnan(got)) or got == pytest.approx(value, abs=5.1e-4)
 
 
-def test_torchrun_gives_the_same_figures(checkpoint, all_six, tmp_path):
+def test_torchrun_gives_the_same_metrics(checkpoint, all_six, tmp_path):
     done = run(
         *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "evaluate.py"),
         *("--dataset", "ade20k", "--root", str(RAW), "--checkpoint", checkpoint),
@@ -88,7 +88,7 @@ def test_torchrun_gives_the_same_figures(checkpoint, all_six, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     two = json.loads((tmp_path / "two.json").read_text())
-    one = json.loads((all_six / "figures.json").read_text())["datasets"][5]
+    one = json.loads((all_six / "metrics.json").read_text())["datasets"][5]
     assert one["dataset"] == two["dataset"] == "ade20k"
     for name in ("mIoU", "IoU", "pixel_accuracy", "images"):
         assert one[name] == two[name], name

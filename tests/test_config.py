@@ -13,10 +13,10 @@ from config import (
     ModelConfig,
     TrainConfig,
     UserError,
-    choose_device,
     option,
     parse,
 )
+from support.distributed import choose_device
 
 
 @dataclass

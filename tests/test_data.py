@@ -5,16 +5,14 @@ import collections
 import numpy as np
 import pytest
 import torch
+from conftest import NLTK_DATA
 from PIL import Image
-from test_released import ROOT
 
 import data
 import sources
 from clip import tokenize
 from config import UserError
 from datasets import shapes
-
-NLTK_DATA = ROOT.parent / "shared" / "nltk_data"
 
 
 @pytest.fixture(scope="module")
@@ -112,20 +110,20 @@ def test_transparency_is_laid_on_white(tmp_path):
 def damaged(tmp_path, cause: str):
     path = tmp_path / "x.jpg"
     gradient("RGB").save(path)
-    if cause == "corrupt picture":
+    if cause == "corrupt image":
         path.write_bytes(path.read_bytes()[:300])
-    elif cause == "not a picture":
+    elif cause == "not an image":
         path.write_text("hello")
-    elif cause == "picture too small":
+    elif cause == "image too small":
         Image.new("RGB", (1, 1)).save(path)
-    elif cause == "picture too large":
+    elif cause == "image too large":
         Image.new("L", (20_000, 20_000)).save(tmp_path / "x.png")
         return tmp_path / "x.png"
     return path
 
 
 @pytest.mark.parametrize(
-    "cause", ["corrupt picture", "not a picture", "picture too small", "picture too large"]
+    "cause", ["corrupt image", "not an image", "image too small", "image too large"]
 )
 def test_bad_pictures(cause, tmp_path):
     with pytest.raises(sources.BadSample, match=cause):
@@ -150,7 +148,9 @@ def test_bad_captions(content, cause):
 
 
 def make_stream(source, **changes) -> data.PairStream:
-    defaults = dict(pairs=4, nouns=2, context_length=4, size=32, min_crop=0.9, seed=3)
+    defaults = dict(
+        with_released_labels=True, pairs=4, nouns=2, context_length=4, size=32, min_crop=0.9, seed=3
+    )
     return data.PairStream(source, data.shapes_tagger(), **defaults | changes)
 
 
@@ -186,17 +186,17 @@ class Counted:
     def __init__(self, count: int, bad: tuple = ()):
         self.count, self.bad, self.read_indices = count, bad, []
 
-    def order(self, seed, pass_, reader, readers):
-        return iter(np.random.default_rng((seed, pass_)).permutation(self.count)[reader::readers])
+    def order(self, seed, epoch, reader, readers):
+        return iter(np.random.default_rng((seed, epoch)).permutation(self.count)[reader::readers])
 
     def read(self, index, rng):
         self.read_indices.append(int(index))
         if index in self.bad:
-            raise sources.BadSample("corrupt picture")
+            raise sources.BadSample("corrupt image")
         return Image.new("RGB", (32, 32)), "a kite and a ball"
 
 
-def test_no_pair_is_read_twice_in_a_pass_over_all_processes():
+def test_no_pair_is_read_twice_in_an_epoch_of_all_processes():
     read = collections.Counter()
     for rank in range(3):
         source = Counted(24)
@@ -207,9 +207,9 @@ def test_no_pair_is_read_twice_in_a_pass_over_all_processes():
 
 def test_a_stream_goes_on_where_a_batch_ended():
     world = sources.ShapesWorld(30)
-    batches = take(make_stream(world), 9)  # more than one pass
-    reader, *place = batches[3].position
-    rest = take(make_stream(world, start={reader: tuple(place)}), 5)
+    batches = take(make_stream(world), 9)  # more than one epoch
+    reader, *offset = batches[3].position
+    rest = take(make_stream(world, start={reader: tuple(offset)}), 5)
     assert all(map(same, batches[4:], rest))
 
 
@@ -223,7 +223,7 @@ def test_a_loader_goes_on_where_it_was(workers):
 
     whole = batches(9)
     start = {b.position[0]: b.position[1:] for b in whole[:3]}
-    rest = batches(6, start=start, turn=3 % max(1, workers))
+    rest = batches(6, start=start, next_worker=3 % max(1, workers))
     assert all(map(same, whole[3:], rest))
 
 
@@ -232,20 +232,20 @@ def test_bad_pairs_are_skipped_and_counted():
     skipped = collections.Counter()
     for batch in take(make_stream(source, pairs=3), 3):
         skipped += batch.skipped
-    assert skipped == {"corrupt picture": 3}
+    assert skipped == {"corrupt image": 3}
 
 
 def test_mostly_bad_data_stops():
     stream = make_stream(Counted(2000, bad=tuple(range(0, 2000, 3)) + tuple(range(1, 2000, 3))))
     for batch in iter(stream):
         if isinstance(batch, UserError):
-            assert "of the last" in str(batch) and "corrupt picture" in str(batch)
+            assert "of the last" in str(batch) and "corrupt image" in str(batch)
             return
 
 
 def test_nothing_but_bad_data_stops():
     (answer,) = take(make_stream(Counted(10, bad=tuple(range(10)))), 1)
-    assert isinstance(answer, UserError) and "10 corrupt picture" in str(answer)
+    assert isinstance(answer, UserError) and "10 corrupt image" in str(answer)
 
 
 def test_a_batch_has_what_its_pairs_say():
@@ -261,7 +261,7 @@ def test_a_batch_has_what_its_pairs_say():
 def test_folder(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         sources.Folder(str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="none of its 0 pictures"):
+    with pytest.raises(UserError, match="none of its 0 images"):
         sources.Folder(str(tmp_path))
     (tmp_path / "deep").mkdir()
     for name in ("a.jpg", "b.png", "deep/c.webp", "lonely.jpg"):

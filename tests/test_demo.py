@@ -5,23 +5,23 @@ import os
 import subprocess
 import sys
 
+from conftest import ROOT
 from PIL import Image
-from test_released import ROOT
 
 
 def test_the_demo_writes_what_it_says(tmp_path):
     arguments = ["--steps", "8", "--scenes", "4", "--rows", "2", "--out", str(tmp_path)]
     done = subprocess.run(
-        [sys.executable, "demo.py", *arguments],
+        [sys.executable, "-m", "experiments.demo", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert list(figures) == ["MaskCLIP", "MaskCLIP, not refined", "CoDe", "CoDe, not refined"]
-    for name, value in figures.items():
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert list(metrics) == ["MaskCLIP", "MaskCLIP, not refined", "CoDe", "CoDe, not refined"]
+    for name, value in metrics.items():
         assert f"| {name} | {value['mIoU']:.1f} |" in done.stdout
         assert value["images"] == 4
     with Image.open(tmp_path / "sheet.png") as sheet:
@@ -29,4 +29,4 @@ def test_the_demo_writes_what_it_says(tmp_path):
     with Image.open(tmp_path / "scenes" / "1.png") as scene:
         assert scene.size == (64, 64)
     assert (tmp_path / "scenes" / "1.txt").read_text() == "a bug and a wheel on sand\n"
-    assert (tmp_path / "last.pt").exists() and (tmp_path / "figures.md").exists()
+    assert (tmp_path / "last.pt").exists() and (tmp_path / "metrics.md").exists()

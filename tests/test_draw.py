@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-import draw
+from support import draw
 
 
 def test_overlay_tints_by_label_and_leaves_the_rest():
@@ -21,7 +21,7 @@ def test_palette_colours_differ():
     assert len(set(draw.palette(171))) == 171
 
 
-def test_sheets_and_joined_pictures_have_the_right_size():
+def test_sheets_and_joined_images_have_the_right_size():
     a, b = Image.new("RGB", (30, 20)), Image.new("RGB", (10, 40))
     assert draw.beside(a, b).size == (40, 40) and draw.below(a, b).size == (30, 60)
     sheet = draw.contact_sheet([[a, b], [b, a]], ["one", "two"], cell=50, gap=5)
@@ -31,5 +31,5 @@ def test_sheets_and_joined_pictures_have_the_right_size():
 
 
 def test_text_is_underlined_in_its_colour():
-    picture = np.asarray(draw.coloured_text([("a", None), ("kite", (0, 200, 0))], 100, height=40))
-    assert (picture == (0, 200, 0)).all(-1).sum() > 20
+    image = np.asarray(draw.coloured_text([("a", None), ("kite", (0, 200, 0))], 100, height=40))
+    assert (image == (0, 200, 0)).all(-1).sum() > 20

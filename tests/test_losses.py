@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_model import some_batch
+from conftest import random_model, some_batch
 
 import losses
 from config import LossConfig
+from train import global_losses
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -41,18 +42,21 @@ def test_eq_3_7_info_nce():
     a, b, log_scale = unit(6, 8), unit(6, 8, seed=1), torch.tensor(1.3)
     similarity = np.array([[float(x @ y) for y in b] for x in a])
     want = naive_symmetric(similarity * math.exp(1.3))
-    assert losses.info_nce(a, b, log_scale).item() == pytest.approx(want, rel=1e-5)
+    assert losses.info_nce(a, b, log_scale.exp()).item() == pytest.approx(want, rel=1e-5)
 
 
-def test_the_scale_of_info_nce_is_capped_at_100():
-    a, b = unit(3, 8), unit(3, 8, seed=1)
-    capped = losses.info_nce(a, b, torch.tensor(math.log(100.0)))
-    assert losses.info_nce(a, b, torch.tensor(9.0)).item() == pytest.approx(capped.item(), rel=1e-5)
+def test_the_scales_of_the_contrasts_are_capped_at_100(model):
+    with torch.no_grad():
+        model.image_log_scale.fill_(1.3)
+        model.region_log_scale.fill_(math.log(100.0))
+        model.hcl_log_scale.fill_(9.0)
+    scales = {name: scale.item() for name, scale in model.logit_scales().items()}
+    assert scales == pytest.approx({"image": math.exp(1.3), "region": 100, "hcl": 100}, rel=1e-5)
 
 
-def test_region_logits():
+def test_region_cosines():
     x_v, masks, nouns = unit(2, 3, 4, 8), torch.rand(2, 5, 3, 4), unit(5, 8, seed=1)
-    got = losses.region_logits(x_v, masks, nouns)
+    got = losses.region_cosines(x_v, masks, nouns)
     for i in range(2):
         for j in range(5):
             pooled, area = np.zeros(8), 1e-6
@@ -78,38 +82,39 @@ def test_area_losses():
 
 
 def test_total_variation():
-    planes = torch.randn(2, 4, 5)
-    got = losses.total_variation(planes)
-    for i, plane in enumerate(planes.numpy()):
-        across = [abs(plane[y, x + 1] - plane[y, x]) for y in range(4) for x in range(4)]
-        down = [abs(plane[y + 1, x] - plane[y, x]) for y in range(3) for x in range(5)]
+    images = torch.randn(2, 3, 4, 5)
+    got = losses.total_variation(images)
+    for i, image in enumerate(images.numpy()):
+        across = [abs(image[c, y, x + 1] - image[c, y, x]) for c, y, x in np.ndindex(3, 4, 4)]
+        down = [abs(image[c, y + 1, x] - image[c, y, x]) for c, y, x in np.ndindex(3, 3, 5)]
         assert got[i].item() == pytest.approx(np.mean(across) + np.mean(down), rel=1e-5)
 
 
-def test_pseudo_labels_are_the_likeliest_case_of_real_words():
-    cases = torch.randn(2, 3, 6)
-    labels = losses.pseudo_labels(cases, torch.tensor([5, 3]))
+def test_pseudo_labels_are_the_likeliest_class_of_real_words():
+    logits = torch.randn(2, 3, 6)
+    labels = losses.pseudo_labels(logits, torch.tensor([5, 3]))
     for b, eot in enumerate((5, 3)):
         for i in range(6):
-            want = int(np.argmax(cases[b, :, i])) if 0 < i < eot else -1
+            want = int(np.argmax(logits[b, :, i])) if 0 < i < eot else -1
             assert labels[b, i].item() == want
 
 
 def test_word_mask_loss():
-    cases = torch.randn(2, 3, 6).log_softmax(1)
+    logits = torch.randn(2, 3, 6)
     labels = torch.tensor([[-1, 0, 1, 2, 0, -1], [-1, 2, 2, -1, -1, -1]])
-    got = losses.word_mask_loss(cases, labels, 0.5).item()
+    got = losses.word_mask_loss(losses.word_statistics(logits, labels, 0.5)).item()
     above = below = 0.0
     for b in range(2):
         for i in range(6):
             label = int(labels[b, i])
             if label >= 0:
                 weight = 0.5 if label == 0 else 1.0
-                above -= weight * float(cases[b, label, i])
+                total = sum(math.exp(float(logits[b, k, i])) for k in range(3))
+                above -= weight * (float(logits[b, label, i]) - math.log(total))
                 below += weight
     assert got == pytest.approx(above / below, rel=1e-5)
-    nothing = losses.word_mask_loss(cases, torch.full((2, 6), -1), 0.5)
-    assert nothing.item() == 0
+    nothing = losses.word_statistics(logits, torch.full((2, 6), -1), 0.5)
+    assert losses.word_mask_loss(nothing).item() == 0
 
 
 @pytest.mark.parametrize("labels", ["thesis", "release"])
@@ -119,16 +124,17 @@ def test_eq_3_8_is_the_weighted_sum_of_the_parts(model, labels):
     config = LossConfig(
         lambda_kg=1.1, lambda_seg_v=1.3, lambda_seg_t=1.7, lambda_hcl=1.9, pseudo_labels=labels
     )
-    terms = losses.code_losses(d, model, batch.caption_tokens, batch.noun_labels, config)
+    terms = global_losses(d, model, batch, config)
     n, areas = d.n.detach(), d.masks.mean((-2, -1)).detach()
     image_scale, region_scale = (
         model.image_log_scale.exp().item(),
         model.region_log_scale.exp().item(),
     )
-    regions = losses.region_logits(d.x_v, d.masks, d.n).detach().repeat(2, 1).numpy()
+    regions = losses.region_cosines(d.x_v, d.masks, d.n).detach().repeat(2, 1).numpy()
     own, others = losses.area_losses(areas, config.area_prior)
+    e_v = d.e_v.flatten(0, 1)
     seg_v = (
-        0.1 * naive_symmetric((d.e_v @ d.n.T).detach().numpy() * image_scale)
+        0.1 * naive_symmetric((e_v @ d.n.T).detach().numpy() * image_scale)
         + 0.1 * naive_symmetric(regions * region_scale)
         + 0.5 * own.item()
         + 0.05 * others.item()
@@ -137,12 +143,15 @@ def test_eq_3_8_is_the_weighted_sum_of_the_parts(model, labels):
     )
     targets = batch.noun_labels
     if labels == "thesis":
-        targets = losses.pseudo_labels(d.word_cases, batch.caption_tokens.argmax(-1))
-    hcl = naive_symmetric((d.e_v @ d.e_t.T).detach().numpy() * model.hcl_log_scale.exp().item())
+        targets = losses.pseudo_labels(d.word_logits, batch.caption_tokens.argmax(-1))
+    words = losses.word_statistics(d.word_logits, targets, 0.5)
+    hcl = naive_symmetric(
+        (e_v @ d.e_t.flatten(0, 1).T).detach().numpy() * model.hcl_log_scale.exp().item()
+    )
     want = (
-        1.1 * losses.knowledge_loss(n, d.n_knowledge).item()
+        1.1 * losses.knowledge_loss(n, d.n_knowledge.flatten(0, 1)).item()
         + 1.3 * seg_v
-        + 1.7 * losses.word_mask_loss(d.word_cases, targets, 0.5).item()
+        + 1.7 * losses.word_mask_loss(words).item()
         + 1.9 * hcl
     )
     assert terms["total"].item() == pytest.approx(want, rel=1e-5)
@@ -152,11 +161,7 @@ def test_eq_3_8_is_the_weighted_sum_of_the_parts(model, labels):
 
 
 def test_the_baseline_has_neither_text_nor_alignment_losses():
-    from conftest import random_model
-
     model = random_model(co_decomposition=False)
     batch = some_batch(model)
-    terms = losses.code_losses(
-        model(batch), model, batch.caption_tokens, batch.noun_labels, LossConfig()
-    )
+    terms = global_losses(model(batch), model, batch, LossConfig())
     assert "seg_t" not in terms and "hcl" not in terms

@@ -1,6 +1,5 @@
 """K processes with b pairs each give the gradients of one process with K * b pairs."""
 
-import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,14 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import random_model
-from test_model import some_batch
+from conftest import CPU, free_port, random_model, some_batch
 from torch.nn.parallel import DistributedDataParallel
 
 from config import LossConfig
 from data import Batch
-from losses import code_losses, gather, gather_triplets
-from train import logistic_noise
+from support.distributed import all_gather, gather_triplets
+from train import global_losses, logistic_noise
 
 PAIRS = 8
 THINGS = ("kite", "ball", "house", "fish", "bug", "moon", "star", "tree", "box", "heart")
@@ -45,9 +43,9 @@ def gradients(rank: int, processes: int, last_block: bool, labels: str) -> dict:
     batch = share(some_batch(model, CAPTIONS, NOUNS), rank, processes)
     batch = replace(batch, images=batch.images.double())
     wrapped = DistributedDataParallel(model) if processes > 1 else model
-    d = wrapped(batch, logistic_noise(batch, (16, 16), seed=5, step=9))
-    config = LossConfig(pseudo_labels=labels)
-    terms = code_losses(d, model, batch.caption_tokens, batch.noun_labels, config)
+    noise = logistic_noise(2, PAIRS // processes, (16, 16), seed=5, step=9, device=CPU)
+    d = wrapped(batch, noise)
+    terms = global_losses(d, model, batch, LossConfig(pseudo_labels=labels))
     terms["total"].backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"total": terms["total"].detach()} | found
@@ -61,12 +59,6 @@ def work(rank: int, processes: int, port: int, last_block: bool, labels: str, pa
     if rank == processes - 1:
         torch.save(found, path)
     dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.mark.parametrize("last_block", [False, True])
@@ -94,10 +86,10 @@ def test_gradients_of_many_processes_are_those_of_one(processes, last_block, tmp
 def gather_work(rank: int, port: int, path: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     x = torch.arange(6.0).view(3, 2).add(10 * rank).requires_grad_()
-    everything = gather(x)
+    everything = all_gather(x)
     weight = torch.arange(12.0).view(6, 2)
     (everything * weight).sum().backward()
-    triplets = gather_triplets(torch.tensor([[0.0], [1.0], [2.0], [3.0]]) + 10 * rank, pairs=2)
+    triplets = gather_triplets(torch.tensor([[[0.0], [1.0]], [[2.0], [3.0]]]) + 10 * rank)
     torch.save((everything.detach(), x.grad, triplets), Path(path) / f"{rank}.pt")
     dist.destroy_process_group()
 

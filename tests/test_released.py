@@ -10,18 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDEN
 
-from checkpoint import load_model
+from checkpoints.ours import load_model
+from checkpoints.released import rebuild_released, rename_released
 from clip import visual_hidden
 from config import LossConfig, MaskConfig, UserError
 from data import collate
-from evaluate import Segmenter
-from losses import code_losses
+from model import word_mask
 from pamr import pamr
-from released import rebuild_released, rename_released
+from segmenter import Segmenter
+from train import global_losses
 
-ROOT = Path(__file__).parents[1]
-GOLDEN = Path(os.environ.get("CODE_GOLDEN", ROOT.parent / "shared" / "golden"))
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden values in {GOLDEN}")
 TRIPLES = sorted(path.stem for path in GOLDEN.glob("*.json")) if GOLDEN.is_dir() else []
 
@@ -99,6 +99,7 @@ def test_training_step(name):
         [()] * len(captions),
         [[facts["kg_template"]] * len(by_noun)] * len(captions),
         len(model.context),
+        with_released_labels=True,
     )
     length = batch.caption_tokens.shape[1]
     np.testing.assert_array_equal(batch.noun_labels, expected["pseudo_label"][:, :length])
@@ -114,13 +115,13 @@ def test_training_step(name):
         soft = masks[triplets, triplets][:, None]
         np.testing.assert_allclose(soft, expected["train_mask_soft_pos"], atol=1e-5)
         np.testing.assert_array_equal(soft > 0.5, expected["train_mask_pos"] > 0.5)
-        m_t = decomposition.word_cases[:, 1:].exp().movedim(1, 0).flatten(0, 1)
+        m_t = word_mask(decomposition.word_logits).transpose(0, 1).flatten(0, 1)
         eot = batch.caption_tokens.argmax(-1).repeat(len(by_noun))
         for row, want, end in zip(m_t, expected["word_mask"], eot):
             np.testing.assert_allclose(row[: end + 1], want[: end + 1], atol=1e-5)
 
     config = LossConfig(lambda_kg=4.0, pseudo_labels="release")
-    terms = code_losses(decomposition, model, batch.caption_tokens, batch.noun_labels, config)
+    terms = global_losses(decomposition, model, batch, config)
     for theirs, ours in TERMS.items():
         assert terms[ours].item() == pytest.approx(float(expected[f"loss_{theirs}"]), abs=1e-5), (
             ours

@@ -4,7 +4,9 @@ import numpy as np
 import open_clip
 import pytest
 
+from clip import SHAPES_WEIGHTS, load_clip
 from datasets import shapes
+from experiments.pretrain import retrieval_accuracy, zero_shot_accuracy
 
 
 def test_a_scene_is_the_same_every_time_and_splits_differ():
@@ -61,9 +63,7 @@ def test_every_word_is_a_single_token():
 
 
 def test_the_shipped_clip_knows_its_world():
-    """Far above chance (8 % and 1 %); the README's figures are pretrain.py's own."""
-    from clip import SHAPES_WEIGHTS, load_clip
-    from pretrain import retrieval_accuracy, zero_shot_accuracy
+    """Far above chance (8 % and 1 %); the README's accuracies are pretrain.py's own."""
 
     assert SHAPES_WEIGHTS.stat().st_size < 3e6
     clip = load_clip("shapes")

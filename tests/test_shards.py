@@ -55,15 +55,15 @@ def read_all(
 
 
 DAMAGES = {
-    "corrupt picture": [("b.jpg", jpeg()[:200]), ("b.txt", b"kite and ball")],
-    "not a picture": [("b.jpg", b"no picture at all"), ("b.txt", b"kite and ball")],
-    "picture too small": [("b.png", jpeg((1, 1), "PNG")), ("b.txt", b"kite and ball")],
-    "picture too large": [("b.png", jpeg((20_000, 20_000), "PNG")), ("b.txt", b"kite and ball")],
+    "corrupt image": [("b.jpg", jpeg()[:200]), ("b.txt", b"kite and ball")],
+    "not an image": [("b.jpg", b"no picture at all"), ("b.txt", b"kite and ball")],
+    "image too small": [("b.png", jpeg((1, 1), "PNG")), ("b.txt", b"kite and ball")],
+    "image too large": [("b.png", jpeg((20_000, 20_000), "PNG")), ("b.txt", b"kite and ball")],
     "caption empty": [("b.jpg", jpeg()), ("b.txt", b"  \n")],
     "caption too long": [("b.jpg", jpeg()), ("b.txt", b"kite " * 9000)],
     "caption not UTF-8": [("b.jpg", jpeg()), ("b.txt", b"caf\xe9 and ball")],
-    "picture without caption": [("b.jpg", jpeg()), ("b.json", b"{}")],
-    "caption without picture": [("b.txt", b"kite and ball")],
+    "image without caption": [("b.jpg", jpeg()), ("b.json", b"{}")],
+    "caption without image": [("b.txt", b"kite and ball")],
 }
 
 

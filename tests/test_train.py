@@ -1,77 +1,19 @@
-"""train.py as it is used: a subprocess, torchrun with two processes, killed runs resumed."""
+"""train.py as it is used: a subprocess, torchrun with two processes and with two nodes."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import CPU, NLTK_DATA, ROOT, free_port
 from PIL import Image
-from test_data import NLTK_DATA
-from test_parallel import free_port
-from test_released import ROOT
+from runs import ENVIRONMENT, TINY, log, train
 
-from checkpoint import load_model, model_content, read_checkpoint, save_atomically
-from clip import load_clip
-from config import MaskConfig, ModelConfig, TrainConfig, UserError
-from model import CoDe
+from checkpoints.ours import load_model, read_checkpoint
+from config import TrainConfig
 from train import learning_rate, main, make_scaler
-
-TINY = ("--preset", "shapes", "--batch-size", "4", "--log-every", "1", "--warmup", "0.2")
-
-
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "NLTK_DATA": str(NLTK_DATA)}
-
-
-def start(*arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        command(*arguments), cwd=ROOT, stderr=subprocess.DEVNULL, env=ENVIRONMENT
-    )
-
-
-def kill_all(marker: str) -> None:
-    """SIGKILL every process whose command line holds a marker: torchrun's agent and its workers,
-    which are in sessions of their own."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().decode().split("\0")
-        except OSError:
-            continue
-        if marker in words:
-            os.kill(int(folder.name), signal.SIGKILL)
-
-
-def command(*arguments: str, processes: int = 1) -> list[str]:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*launcher, "train.py", *map(str, arguments)]
-
-
-def train(*arguments: str, processes: int = 1, code: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        command(*arguments, processes=processes),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-    )
-    assert done.returncode == code, done.stderr
-    return done
-
-
-def log(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def same_state(a: Path, b: Path) -> bool:
-    a, b = (read_checkpoint(path / "last.pt") for path in (a, b))
-    equal = all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
-    return equal and a["step"] == b["step"] and a["places"] == b["places"]
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +38,17 @@ def test_a_run_writes_what_the_readme_says(uninterrupted):
     assert json.loads((uninterrupted / "config.json").read_text())["model"]["clip"] == "shapes"
 
 
+def test_the_readme_explains_every_name_in_the_log(uninterrupted):
+    readme = (ROOT / "README.md").read_text()
+    names = {name for line in log(uninterrupted) for name in line}
+    assert {"step", "total", "skipped"} < names
+    assert [name for name in names if f"`{name}`" not in readme] == []
+
+
 def test_the_last_block_is_frozen_first_and_trains_later(tmp_path, uninterrupted):
     """At 60 % of the steps the copy of CLIP's last block starts to move."""
     train(*TINY, "--steps", "10", "--unfreeze", "1.0", "--out", tmp_path)
-    frozen, trained = (
-        load_model(p / "last.pt", torch.device("cpu")) for p in (tmp_path, uninterrupted)
-    )
+    frozen, trained = (load_model(p / "last.pt", CPU) for p in (tmp_path, uninterrupted))
     original = frozen.clip.visual.transformer.resblocks[-1]
     for name, value in original.named_parameters():
         assert torch.equal(value, frozen.image_segmenter.block.get_parameter(name))
@@ -112,34 +59,11 @@ def test_the_last_block_is_frozen_first_and_trains_later(tmp_path, uninterrupted
     assert sum(moved) > 8  # not the keys and queries, which MaskCLIP's trick never uses
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_killed_run_resumed_equals_an_uninterrupted_one(tmp_path, workers):
-    options = (*TINY, "--steps", "10", "--checkpoint-every", "3", "--workers", workers)
-    train(*options, "--out", tmp_path / "whole")
-    killed = start(*options, "--out", tmp_path / "killed")
-    while not (tmp_path / "killed/last.pt").exists() and killed.poll() is None:
-        time.sleep(0.02)
-    killed.kill()
-    killed.wait()
-    train(*options, "--out", tmp_path / "killed", "--resume")
-    assert same_state(tmp_path / "whole", tmp_path / "killed")
-
-
-def test_sigterm_finishes_the_step_saves_and_exits_0(tmp_path):
-    options = (*TINY, "--steps", "4000", "--out", tmp_path)
-    running = start(*options)
-    while not (tmp_path / "log.jsonl").exists() and running.poll() is None:
-        time.sleep(0.05)
-    running.send_signal(signal.SIGTERM)
-    assert running.wait(timeout=60) == 0
-    assert read_checkpoint(tmp_path / "last.pt")["step"] == log(tmp_path)[-1]["step"]
-
-
 def test_two_processes_under_torchrun(tmp_path):
     train(*TINY, "--steps", "5", "--out", tmp_path, processes=2)
     assert len(log(tmp_path)) == 5
-    places = read_checkpoint(tmp_path / "last.pt")["places"]
-    assert set(places) == {0, 1}  # each process read its own share
+    offsets = read_checkpoint(tmp_path / "last.pt")["offsets"]
+    assert set(offsets) == {0, 1}  # each process read its own share
 
 
 def test_two_nodes(tmp_path):
@@ -161,38 +85,7 @@ def test_two_nodes(tmp_path):
         _, errors = agent.communicate(timeout=120)
         assert agent.returncode == 0, errors
     last = read_checkpoint(tmp_path / "last.pt")
-    assert last["processes"] == 2 and set(last["places"]) == {0, 1}
-
-
-def test_two_processes_killed_and_resumed_then_one_goes_on(tmp_path):
-    options = (*TINY, "--steps", "8", "--checkpoint-every", "2", "--workers", "1")
-    train(*options, "--out", tmp_path / "whole", processes=2)
-    out, before = tmp_path / "killed", -1.0
-    for attempt in range(2):  # killed in the run itself, and again after resuming
-        again = ("--resume",) if attempt else ()
-        killed = subprocess.Popen(
-            command(*options, "--out", out, *again, processes=2),
-            cwd=ROOT,
-            env=ENVIRONMENT,
-            stderr=subprocess.DEVNULL,
-        )
-        saved_at = before
-        while killed.poll() is None and saved_at == before:
-            time.sleep(0.02)
-            if (out / "last.pt").exists():
-                saved_at = (out / "last.pt").stat().st_mtime
-        before = saved_at
-        kill_all(str(out))
-        killed.wait()
-    saved = (tmp_path / "killed/last.pt").read_bytes()
-    train(*options, "--out", tmp_path / "killed", "--resume", processes=2)
-    assert same_state(tmp_path / "whole", tmp_path / "killed")
-
-    (tmp_path / "killed/last.pt").write_bytes(saved)
-    if read_checkpoint(out / "last.pt")["step"] < 8:
-        done = train(*options, "--out", out, "--resume")
-        assert "2 processes before, 1 now" in done.stdout
-        assert read_checkpoint(out / "last.pt")["step"] == 8
+    assert last["processes"] == 2 and set(last["offsets"]) == {0, 1}
 
 
 def test_the_best_checkpoint_is_kept(tmp_path):
@@ -200,7 +93,7 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     train(*TINY, "--steps", "4", "--out", tmp_path, *evaluation)
     best, last = (read_checkpoint(tmp_path / name) for name in ("best.pt", "last.pt"))
     assert best["mIoU"] == last["best"] > 0
-    load_model(tmp_path / "best.pt", torch.device("cpu"))
+    load_model(tmp_path / "best.pt", CPU)
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path):
@@ -216,7 +109,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path)
 def test_an_update_that_is_not_finite_is_left_out():
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], lr=0.1)
-    scaler = make_scaler(torch.device("cpu"), scaled=False)
+    scaler = make_scaler(CPU, scaled=False)
     for factor, moved in ((float("nan"), False), (1.0, True), (float("inf"), False)):
         before = weight.detach().clone()
         optimizer.zero_grad()
@@ -229,7 +122,7 @@ def test_an_update_that_is_not_finite_is_left_out():
 
 
 def test_real_pairs(tmp_path):
-    """A folder of photographs-sized pictures with free-form captions, on a CLIP of its own."""
+    """A folder of photograph-sized images with free-form captions, on a CLIP of its own."""
     if not NLTK_DATA.is_dir():
         pytest.skip("NLTK's tagger data is not here")
     captions = [
@@ -251,7 +144,7 @@ def test_real_pairs(tmp_path):
     )
     lines = log(tmp_path / "out")
     assert len(lines) == 6
-    assert lines[-1]["skipped"].keys() == {"fewer than 2 nouns", "not a picture"}
+    assert lines[-1]["skipped"].keys() == {"fewer than 2 nouns", "not an image"}
 
 
 def test_learning_rate():
@@ -291,6 +184,12 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, words, mistake):
     assert words in mistake(main, *arguments)
 
 
+def test_help_lists_every_field():
+    text = train("--help").stdout
+    for name in ("--lambda-hcl", "--no-word-prompt", "--context-init", "--checkpoint-every"):
+        assert name in text
+
+
 def test_resuming_another_configuration_names_the_difference(uninterrupted):
     done = train(*TINY, "--steps", "10", "--lr", "0.5", "--out", uninterrupted, "--resume", code=2)
     assert "lr was 0.002, is 0.5" in done.stderr
@@ -300,77 +199,3 @@ def test_a_run_is_not_overwritten(uninterrupted):
     done = train(*TINY, "--steps", "10", "--out", uninterrupted, code=2)
     assert "holds a run: --resume goes on with it" in done.stderr
     assert len(log(uninterrupted)) == 10
-
-
-def test_help_lists_every_field():
-    text = train("--help").stdout
-    for name in ("--lambda-hcl", "--no-word-prompt", "--context-init", "--checkpoint-every"):
-        assert name in text
-
-
-# --- checkpoint files -----------------------------------------------------------------------------
-
-
-class Bomb:
-    def __reduce__(self):
-        return os.system, ("touch exploded",)
-
-
-def test_loading_a_checkpoint_executes_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"model": {"masker.x": torch.zeros(1)}, "cfg": Bomb()}, "bomb.pt")
-    with pytest.raises(UserError):
-        load_model("bomb.pt", torch.device("cpu"))
-    assert not Path("exploded").exists()
-
-
-def test_a_checkpoint_of_another_clip_of_the_same_name_is_refused(tmp_path):
-    config = ModelConfig(clip="shapes", context_init="a photo of a")
-    content = model_content(CoDe(load_clip("shapes"), config))
-    save_atomically(content, tmp_path / "same.pt")
-    assert load_model(tmp_path / "same.pt", torch.device("cpu")).config == config
-    save_atomically(content | {"clip": 1}, tmp_path / "other.pt")
-    with pytest.raises(
-        UserError, match=r"other\.pt: trained with other weights of CLIP than shapes"
-    ):
-        load_model(tmp_path / "other.pt", torch.device("cpu"))
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 broken", b"hello"])
-def test_an_unreadable_checkpoint_is_named(content, tmp_path):
-    path = tmp_path / "x.pt"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"x\.pt is not a readable checkpoint"):
-        read_checkpoint(path)
-
-
-def test_missing_and_unknown_tensors_are_named(uninterrupted, tmp_path):
-    content = read_checkpoint(uninterrupted / "last.pt")
-    content["model"]["surprise"] = content["model"].pop("context")
-    save_atomically(content, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="missing context, unknown surprise"):
-        load_model(tmp_path / "x.pt", torch.device("cpu"))
-
-
-def test_a_failed_write_leaves_the_previous_file(tmp_path, monkeypatch):
-    path = tmp_path / "last.pt"
-    save_atomically({"step": 1}, path)
-
-    def full(*arguments, **more):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="No space left"):
-        save_atomically({"step": 2}, path)
-    assert torch.load(path, weights_only=True) == {"step": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
-
-
-def test_evaluation_of_a_training_checkpoint(uninterrupted):
-    """Our checkpoint, loaded, segments like the model it was saved from: embeddings match."""
-    from evaluate import Segmenter
-
-    model = load_model(uninterrupted / "last.pt", torch.device("cpu"))
-    segmenter = Segmenter(model.clip, model, ["kite", "ball"], MaskConfig())
-    assert segmenter.class_embedding.shape == (2, 64)
-    assert segmenter.masks(torch.randn(1, 3, 64, 64)).shape == (1, 2, 64, 64)

@@ -1,4 +1,4 @@
-"""Pictures of what the model does: overlays, legends, coloured captions, contact sheets."""
+"""Images of what the model does: overlays, legends, coloured captions, contact sheets."""
 
 import colorsys
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from config import whole_file
+from support.files import whole_file
 
 INK, PAPER = (32, 33, 36), (255, 255, 255)
 Colour = tuple[int, int, int]
@@ -29,7 +29,7 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 def overlay(
     image: Image.Image, labels: np.ndarray, colours: Sequence[Colour], opacity: float = 0.6
 ) -> Image.Image:
-    """Tint a picture by a label map and outline the regions.
+    """Tint an image by a label map and outline the regions.
 
     labels: (H, W), -1 = untouched, i = colours[i]. Untouched pixels fade towards grey.
     """
@@ -45,6 +45,25 @@ def overlay(
     return Image.fromarray(result.clip(0, 255).astype(np.uint8))
 
 
+def label_maps(
+    image: Image.Image,
+    maps: Sequence[np.ndarray],
+    names: Sequence[str],
+    hidden: Sequence[int],
+    note: str = "",
+) -> Image.Image:
+    """An image beside label maps of it, (H, W) each, above a legend of the classes in them.
+
+    hidden: class indices that stay untinted; note: a line at the legend's end.
+    """
+    present = [i for i in np.unique(np.stack(maps)) if i not in hidden]
+    colours, row_of = palette(len(present)), np.full(256, -1)
+    row_of[present] = np.arange(len(present))
+    row = beside(image, *(overlay(image, row_of[labels], colours) for labels in maps))
+    entries = [names[i] for i in present] + ([note] if note else [])
+    return below(row, legend(entries, [*colours, PAPER], row.width))
+
+
 def legend(
     names: Sequence[str], colours: Sequence[Colour], width: int, size: int = 14
 ) -> Image.Image:
@@ -56,12 +75,12 @@ def legend(
             x, y = size // 2, y + round(1.6 * size)
         places.append((x, y))
         x += needed
-    picture = Image.new("RGB", (width, y + round(1.8 * size)), PAPER)
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (width, y + round(1.8 * size)), PAPER)
+    pen = ImageDraw.Draw(image)
     for name, colour, (x, y) in zip(names, colours, places):
         pen.rectangle((x, y + 2, x + size, y + size + 2), fill=colour)
         pen.text((x + round(1.4 * size), y), name, INK, writing)
-    return picture
+    return image
 
 
 def coloured_text(
@@ -87,8 +106,8 @@ def coloured_text(
         x += length + space
     step = round(1.7 * letters)
     height = max(height, round(step * len(lines) + margin))
-    picture = Image.new("RGB", (width, height), PAPER)
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(image)
     y = max(margin / 2, (height - step * len(lines)) / 2)
     for line in lines:
         for x, word, colour in line:
@@ -99,11 +118,11 @@ def coloured_text(
             ink = PAPER if behind and colour and sum(colour) < 380 else INK
             pen.text((x, y), word, ink, writing)
         y += step
-    return picture
+    return image
 
 
 def heat(image: Image.Image, scores: np.ndarray) -> Image.Image:
-    """A heat map over the picture in grey: scores (H, W) in [0, 1], from dark blue to yellow."""
+    """A heat map over the image in grey: scores (H, W) in [0, 1], from dark blue to yellow."""
     stops = np.array([(0, 0, 60), (90, 20, 120), (200, 60, 80), (250, 150, 40), (250, 250, 120)])
     places = np.linspace(0, 1, len(stops))
     colour = np.stack([np.interp(scores, places, channel) for channel in stops.T], axis=-1)
@@ -114,7 +133,7 @@ def heat(image: Image.Image, scores: np.ndarray) -> Image.Image:
 def contact_sheet(
     rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], cell: int = 160, gap: int = 6
 ) -> Image.Image:
-    """Pictures in rows under column titles; each is scaled to a cell x cell square (nearest)."""
+    """Images in rows under column titles; each is scaled to a cell x cell square (nearest)."""
     head, writing = 28, font(15)
     width = gap + len(titles) * (cell + gap)
     sheet = Image.new("RGB", (width, head + len(rows) * (cell + gap)), PAPER)
@@ -122,11 +141,11 @@ def contact_sheet(
     for column, title in enumerate(titles):
         x = gap + column * (cell + gap)
         pen.text((x + cell / 2, head / 2), title, INK, writing, anchor="mm")
-        for row, pictures in enumerate(rows):
-            picture = pictures[column]
-            if picture.size != (cell, cell):
-                picture = picture.resize((cell, cell), Image.Resampling.NEAREST)
-            sheet.paste(picture, (x, head + row * (cell + gap)))
+        for row, images in enumerate(rows):
+            image = images[column]
+            if image.size != (cell, cell):
+                image = image.resize((cell, cell), Image.Resampling.NEAREST)
+            sheet.paste(image, (x, head + row * (cell + gap)))
     return sheet
 
 
@@ -136,23 +155,30 @@ def save_png(image: Image.Image, path: Path) -> None:
         image.save(temporary, format="PNG")
 
 
-def beside(*pictures: Image.Image) -> Image.Image:
-    """Pictures side by side, top edges aligned."""
-    height = max(picture.height for picture in pictures)
-    joined = Image.new("RGB", (sum(picture.width for picture in pictures), height), PAPER)
+def indexed(labels: np.ndarray, colours: Sequence[int]) -> Image.Image:
+    """A label map (H, W) of ids up to 255 as an indexed PNG; colours: flat r, g, b by id."""
+    image = Image.fromarray(labels.astype(np.uint8)).convert("P")
+    image.putpalette(list(colours))
+    return image
+
+
+def beside(*images: Image.Image) -> Image.Image:
+    """Images side by side, top edges aligned."""
+    height = max(image.height for image in images)
+    joined = Image.new("RGB", (sum(image.width for image in images), height), PAPER)
     x = 0
-    for picture in pictures:
-        joined.paste(picture, (x, 0))
-        x += picture.width
+    for image in images:
+        joined.paste(image, (x, 0))
+        x += image.width
     return joined
 
 
-def below(*pictures: Image.Image) -> Image.Image:
-    """Pictures one below the other, left edges aligned."""
-    width = max(picture.width for picture in pictures)
-    joined = Image.new("RGB", (width, sum(picture.height for picture in pictures)), PAPER)
+def below(*images: Image.Image) -> Image.Image:
+    """Images one below the other, left edges aligned."""
+    width = max(image.width for image in images)
+    joined = Image.new("RGB", (width, sum(image.height for image in images)), PAPER)
     y = 0
-    for picture in pictures:
-        joined.paste(picture, (0, y))
-        y += picture.height
+    for image in images:
+        joined.paste(image, (0, y))
+        y += image.height
     return joined

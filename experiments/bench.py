@@ -1,30 +1,22 @@
-"""Time and memory of every piece beside its textbook form, at ViT-B/16 with random weights.
+"""Time and memory of every piece beside its plain form, at ViT-B/16 with random weights.
 
 Examples:
-    python bench.py --json bench.json
-    python bench.py --only window      # pieces whose name holds this
+    python -m experiments.bench --json bench.json
+    python -m experiments.bench --only window      # pieces whose name holds this
 
-Each piece has a process of its own, in which its plain form (`textbook.py`, from the definition)
-and ours run in turn, several times. The table gives medians of the time, and peaks of memory: the
-tensors of a form beyond those that were there before, and the whole process while ours runs. The
-floor is a bare forward pass of the frozen visual tower at 448 pixels, measured beside every window.
+Each piece has a process of its own, in which its plain form (`textbook.py`: PAMR and upsampling
+from their definitions, open_clip's own blocks, texts of 77 tokens) and ours run in turn, several
+times. The table gives medians of the time, and peaks of memory: the tensors of a form beyond those
+that were there before, and the whole process while ours runs. The floor is a bare forward pass of
+the frozen visual tower at 448 pixels, measured beside every window.
 """
 
-import copy
-import ctypes
-import gc
 import io
-import itertools
 import json
-import os
-import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,19 +24,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
-import evaluate as evaluation
-import model as method
 from clip import embed_texts, load_clip, tokenize, visual_hidden
-from config import LossConfig, MaskConfig, ModelConfig, UserError, option, parse, run, save_text
+from config import LossConfig, MaskConfig, ModelConfig, UserError, option, parse, run
 from data import PairStream, collate, make_loader, nltk_tagger
 from datasets import ade20k, coco_stuff, voc
-from losses import code_losses
-from model import CoDe
+from experiments.textbook import padded, plain_forms, plain_pamr
+from experiments.timing import compare, peak_memory
+from model import CoDe, UpsamplingBlock
 from pamr import pamr
+from segmenter import Segmenter
 from sources import Shards
-from textbook import padded, plain_pamr, textbook
+from support.files import save_text
+from train import global_losses
 
 
 @dataclass
@@ -53,86 +45,12 @@ class BenchConfig:
 
     repeats: int = option(5, "runs of every form; the median counts", low=1)
     only: str | None = option(None, "only pieces whose name holds this")
-    json: str | None = option(None, "file to write the figures to")
-
-
-# --- measuring ------------------------------------------------------------------------------------
-
-
-def resident() -> float:
-    """Memory of this process in MB."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def timed(function: Callable) -> float:
-    """Seconds."""
-    tick = time.perf_counter()
-    function()
-    return time.perf_counter() - tick
-
-
-def allocated(function: Callable, held: Callable | None) -> float:
-    """MB of tensors at the peak of a function, beyond those that were there before it.
-
-    held: makes what the function's form holds in memory besides.
-    """
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        kept = held() if held else None
-        function()
-        del kept
-    events = profiler.profiler.kineto_results.events()
-    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
-    return max(itertools.accumulate(changes, initial=0)) / 1e6
-
-
-def peak_memory(function: Callable) -> float:
-    """MB of this process at its peak, freed memory having been given back before.
-
-    Not measured together with the time: watching slows down what is watched.
-    """
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    peak, done = [resident()], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.001):
-            peak[0] = max(peak[0], resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        function()
-    finally:
-        done.set()
-        watcher.join()
-    return peak[0]
-
-
-def compare(
-    name: str, forms: dict[str, Callable], repeats: int, held: dict[str, Callable] | None = None
-) -> dict:
-    """Medians of the forms' times, run in turn, and their peaks of memory.
-
-    held: what a form holds in memory besides; made before its time is taken.
-    """
-    seconds: dict[str, list] = {form: [] for form in forms}
-    result: dict = {"piece": name}
-    held = held or {}
-    for form, function in forms.items():  # also warms up
-        result[f"{form}_mb"] = allocated(function, held.get(form))
-    result["process_mb"] = peak_memory(forms["ours"])
-    for _ in tqdm(range(repeats), name):
-        for form, function in forms.items():
-            kept = held[form]() if form in held else None
-            seconds[form].append(timed(function))
-            del kept
-    return result | {f"{form}_s": statistics.median(values) for form, values in seconds.items()}
+    json: str | None = option(None, "file to write the measurements to")
 
 
 # --- the pieces -----------------------------------------------------------------------------------
 
-CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 NAMES = [*ade20k.CLASS_NAMES, *coco_stuff.CLASS_NAMES]
 
 
@@ -141,25 +59,25 @@ def make_model() -> CoDe:
     return CoDe(load_clip("ViT-B-16-quickgelu", "none"), ModelConfig(clip_weights="none"))
 
 
-def noise_picture(width: int, height: int) -> Image.Image:
+def noise_image(width: int, height: int) -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
     return Image.fromarray(pixels)
 
 
 def refinement(repeats: int) -> dict:
-    """PAMR of 171 planes of 112 x 112: 8.6 MB of masks."""
+    """PAMR of 171 masks of 112 x 112: 8.6 MB of masks."""
     image, masks = torch.rand(1, 3, 448, 448), torch.rand(1, 171, 112, 112)
     assert torch.allclose(plain_pamr(image, masks), pamr(image, masks), atol=1e-4)
     forms = {"plain": lambda: plain_pamr(image, masks), "ours": lambda: pamr(image, masks)}
-    return compare("refinement, 171 planes of 112 x 112", forms, repeats)
+    return compare("refinement, 171 masks of 112 x 112", forms, repeats)
 
 
 def upsampling(repeats: int) -> dict:
-    block, x = method.UpsamplingBlock(768), torch.randn(1, 56, 56, 768)
+    block, x = UpsamplingBlock(768), torch.randn(1, 56, 56, 768).movedim(-1, 1)
 
     @torch.no_grad()
     def plain():
-        with textbook():
+        with plain_forms():
             block(x)
 
     forms = {"plain": plain, "ours": torch.no_grad()(lambda: block(x))}
@@ -172,7 +90,7 @@ def text(repeats: int) -> dict:
 
     @torch.no_grad()
     def plain():
-        with textbook():
+        with plain_forms():
             embed_texts(clip, F.pad(tokens, (0, 77 - tokens.shape[1])))
 
     ours = torch.no_grad()(lambda: embed_texts(clip, tokens))
@@ -180,23 +98,22 @@ def text(repeats: int) -> dict:
 
 
 def window(classes: int, repeats: int) -> dict:
-    """One 448-pixel picture to its label map; the plain form has a tower for each branch."""
+    """One 448-pixel image to its label map."""
     model = make_model()
     clip, x = model.clip, torch.randn(1, 3, 448, 448)
-    segmenter = evaluation.Segmenter(clip, model, NAMES[:classes], MaskConfig())
-    picture = noise_picture(448, 448)
+    segmenter = Segmenter(clip, model, NAMES[:classes], MaskConfig())
+    image = noise_image(448, 448)
 
     def ours():
-        segmenter.label_map(picture, CPU, background=False)
+        segmenter.label_map(image, background=False)
 
     def plain():
-        with textbook(), torch.no_grad():
-            visual_hidden(clip, x)  # the other branch's own tower
+        with plain_forms():
             ours()
 
     @torch.no_grad()
     def bare():
-        with textbook():
+        with plain_forms():
             clip.visual.transformer.resblocks[-1](visual_hidden(clip, x))
 
     forms = {"plain": plain, "ours": ours, "bare": bare}
@@ -206,8 +123,7 @@ def window(classes: int, repeats: int) -> dict:
 def training_step(repeats: int) -> dict:
     """Forward, losses, backward and update of 8 pairs with two nouns each, everything trained.
 
-    plain: texts of 77 tokens, convolution of upsampled features, three copies of CLIP, whose
-    blocks run as open_clip writes them.
+    plain: texts of 77 tokens, convolution of upsampled features, open_clip's own blocks.
     """
     model = make_model()
     captions = ["a man in a red jacket rides a brown horse on the beach near the sea"] * 8
@@ -220,21 +136,18 @@ def training_step(repeats: int) -> dict:
     model.train()
 
     def step(batch):
-        d = model(batch, torch.zeros(16, 56, 56))
-        terms = code_losses(d, model, batch.caption_tokens, batch.noun_labels, LossConfig())
+        d = model(batch, torch.zeros(2, 8, 56, 56))
+        terms = global_losses(d, model, batch, LossConfig())
         optimizer.zero_grad(set_to_none=True)
         terms["total"].backward()
         optimizer.step()
 
     def plain():
-        with textbook():
+        with plain_forms():
             step(longer)
 
-    def copies():
-        return [copy.deepcopy(model.clip) for _ in range(2)]
-
     both = {"plain": plain, "ours": lambda: step(batch)}
-    return compare("training step, 8 pairs", both, repeats, held={"plain": copies})
+    return compare("training step, 8 pairs", both, repeats)
 
 
 def growth(repeats: int) -> dict:
@@ -242,17 +155,17 @@ def growth(repeats: int) -> dict:
     model = make_model()
 
     def seconds(classes: int, width: int) -> float:
-        segmenter = evaluation.Segmenter(model.clip, model, NAMES[:classes], MaskConfig())
-        picture = noise_picture(width, 448)
-        forms = {"ours": lambda: segmenter.label_map(picture, CPU, background=False)}
+        segmenter = Segmenter(model.clip, model, NAMES[:classes], MaskConfig())
+        image = noise_image(width, 448)
+        forms = {"ours": lambda: segmenter.label_map(image, background=False)}
         return compare(f"{classes} classes, {width} pixels", forms, repeats)["ours_s"]
 
     by_class = {classes: seconds(classes, 448) for classes in (20, 120, 220, 320)}
     by_window = {1 + (width - 448) // 224: seconds(20, width) for width in (448, 672, 896, 1120)}
-    segmenter = evaluation.Segmenter(model.clip, model, NAMES[:20], MaskConfig())
+    segmenter = Segmenter(model.clip, model, NAMES[:20], MaskConfig())
 
     def one_image():  # as evaluate.py does: one label map after the other
-        segmenter.label_map(noise_picture(448, 448), CPU, background=False)
+        segmenter.label_map(noise_image(448, 448), background=False)
 
     peaks = {image: peak_memory(one_image) for image in range(1, 9)}
     result = {"piece": "growth"}
@@ -271,8 +184,8 @@ def write_shards(folder: str, shards: int = 4, pairs: int = 128) -> None:
             for i in range(pairs):
                 coarse = rng.integers(0, 255, (32, 32, 3), np.uint8)
                 file = io.BytesIO()
-                picture = Image.fromarray(coarse).resize((512, 512), Image.Resampling.BICUBIC)
-                picture.save(file, "JPEG", quality=90)
+                image = Image.fromarray(coarse).resize((512, 512), Image.Resampling.BICUBIC)
+                image.save(file, "JPEG", quality=90)
                 caption = b"a man in a red jacket rides a brown horse near the sea"
                 for suffix, content in (("jpg", file.getvalue()), ("txt", caption)):
                     info = tarfile.TarInfo(f"{i:06d}.{suffix}")
@@ -353,9 +266,17 @@ def main() -> None:
         results = []
         for name in names:
             with tempfile.NamedTemporaryFile(suffix=".json") as file:
-                command = [sys.executable, __file__, "--only", name, "--json", file.name]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "experiments.bench",
+                    "--only",
+                    name,
+                    "--json",
+                    file.name,
+                ]
                 command += ["--repeats", str(config.repeats)]
-                if code := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+                if code := subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
                     raise UserError(f"{name}: ended with exit code {code}")
                 results += json.loads(Path(file.name).read_text())
     print_table(results)

@@ -1,4 +1,4 @@
-"""What the ablations measure of a run on the shapes world: regions, words, and the blanks."""
+"""What the ablations measure of a run on the shapes world: regions, words, and the prompts."""
 
 import statistics
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from torchvision.transforms.functional import normalize, to_tensor
 from clip import (
     IMAGE_MEAN,
     IMAGE_STD,
+    PRIOR_TEMPLATES,
     end_of_text,
     image_embedding,
     noun_prompts,
@@ -19,19 +20,12 @@ from clip import (
     text_hidden,
     tokenize,
 )
-from config import MASK_PRESETS, PRIOR_TEMPLATES, MaskConfig
+from config import MASK_PRESETS, MaskConfig
 from data import select_nouns, shapes_tagger
-from datasets import shapes
-from evaluate import (
-    IoU,
-    Segmenter,
-    load_benchmark,
-    load_method,
-    make_segmenter,
-    winners,
-    with_background,
-)
+from datasets import load_benchmark, shapes
+from evaluate import IoU, make_segmenter
 from model import CoDe, highlight_image, highlight_text
+from segmenter import Segmenter, arg_max, load_method, with_background
 
 THRESHOLDS = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)  # of the background; 0.4 is the thesis's
 
@@ -51,7 +45,7 @@ def mean_ious(segmenter: Segmenter, scenes: int) -> dict[str, float]:
     sums = {threshold: IoU(len(benchmark.class_names)) for threshold in THRESHOLDS}
     for i in range(scenes):
         image = benchmark.image(i)
-        best, index = winners(segmenter.planes(image, torch.device("cpu")), image.size[::-1])
+        best, index = arg_max(segmenter.scores(image), image.size[::-1])
         for threshold, iou in sums.items():
             iou.add(with_background(best, index, threshold).numpy(), benchmark.label(i))
     return {str(threshold): iou.mean() for threshold, iou in sums.items()}
@@ -78,7 +72,7 @@ def nouns_of_words(words: Sequence[str]) -> list[str | None]:
 
 
 @torch.no_grad()
-def words_in_place(model: CoDe, scenes: int) -> dict[str, float]:
+def word_assignment_accuracy(model: CoDe, scenes: int) -> dict[str, float]:
     """Percent of noun words, and of adjectives, whose likeliest segment is that of their noun.
 
     Two nouns of each held-out caption are asked for, as in training.
@@ -93,18 +87,19 @@ def words_in_place(model: CoDe, scenes: int) -> dict[str, float]:
         tokens = tokenize([" ".join(words)])  # every word of this world is one token
         hidden = text_hidden(model.clip, model.clip.token_embedding(tokens))
         n = model.noun_embedding(noun_prompts(asked, len(model.context)))[:, None]
-        cases = model.text_segmenter.word_cases(hidden, end_of_text(tokens), n)[0].argmax(0)
-        for word, noun, case in zip(words, nouns_of_words(words), cases[1:-1].tolist()):
+        x_t = model.text_segmenter(hidden, end_of_text(tokens))
+        classes = model.text_segmenter.word_logits(x_t, n)[0].argmax(0)
+        for word, noun, found_class in zip(words, nouns_of_words(words), classes[1:-1].tolist()):
             if noun in asked:
                 kind = "nouns" if word == noun else "adjectives"
-                found[kind].append(case == 1 + asked.index(noun))
+                found[kind].append(found_class == 1 + asked.index(noun))
     return {kind: 100 * statistics.mean(values or [0]) for kind, values in found.items()}
 
 
 @torch.no_grad()
-def told_from_true_masks(model: CoDe, scenes: int) -> dict[str, float]:
-    """Percent of objects that CLIP tells among the twelve from their highlighted region, and from
-    their highlighted words, when both masks are the true ones: what is left to mend is the blank.
+def true_mask_accuracy(model: CoDe, scenes: int) -> dict[str, float]:
+    """Zero-shot accuracy (percent, twelve objects) of CLIP on highlighted true regions, and on the
+    highlighted true words: with true masks, only what fills the rest (P^v, P^t or zeros) can harm.
     """
     clip, names = model.clip, list(shapes.OBJECTS)
     texts = template_embedding(clip, names, PRIOR_TEMPLATES)
@@ -117,8 +112,8 @@ def told_from_true_masks(model: CoDe, scenes: int) -> dict[str, float]:
         embeddings, eot = clip.token_embedding(tokens), end_of_text(tokens)
         for thing in scene.things:
             number = names.index(thing.noun)
-            region = torch.from_numpy(scene.label == number + 1).float()[None]
-            e_v = image_embedding(clip, highlight_image(image, region, model.region_prompt))
+            region = torch.from_numpy(scene.label == number + 1).float()[None, None]
+            e_v = image_embedding(clip, highlight_image(image, region, model.region_prompt)[0])
             own = [noun == thing.noun for noun in nouns_of_words(words)]
             mask = torch.tensor([False, *own, False]).float()[None, None]
             highlighted = highlight_text(embeddings, mask, model.word_prompt, eot)[0]

@@ -1,14 +1,14 @@
-"""Pretrain the shapes world's CLIP from scratch, on drawn pictures and their captions alone.
+"""Pretrain the shapes world's CLIP from scratch, on drawn images and their captions alone.
 
-    python pretrain.py            # writes datasets/shapes_clip.pt
+    python -m experiments.pretrain            # writes datasets/shapes_clip.pt
 
-No class label and no mask is used. A CLIP of 300 million web pairs needs none of the help given
+No class label and no mask is used. A CLIP of 400 million web pairs needs none of the help given
 here; one that sees 300,000 drawings on a laptop needs two kinds:
 
 - A *word head* on the class token predicts which words the caption holds (and is thrown away at
   the end). A contrastive loss alone solves colours and surfaces and never starts on objects.
-- *CutMix*: a rectangle of patches comes from another picture, and the tokens of either region
-  before the last block, averaged, must tell the words of its own caption (through another head
+- *CutMix*: a rectangle of patches comes from another image, and the tokens of either region
+  before the last block, averaged, must predict the words of its own caption (through another head
   that is thrown away). Without it the transformer parks an object's identity in background
   patches. At a tenth of that weight the dense value features that MaskCLIP reads must match the
   embeddings of the region's nouns; without this small share they say nothing of backgrounds.
@@ -26,10 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import save_atomically
+from checkpoints.ours import save_checkpoint
 from clip import (
     IMAGE_MEAN,
     IMAGE_STD,
+    PRIOR_TEMPLATES,
     SHAPES_ARCHITECTURE,
     SHAPES_WEIGHTS,
     dense_embedding,
@@ -39,7 +40,7 @@ from clip import (
     tokenize,
     visual_hidden,
 )
-from config import PRIOR_TEMPLATES, option, parse, run
+from config import option, parse, run
 from datasets import shapes
 
 TEMPLATES = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
@@ -49,13 +50,13 @@ WORDS = (*shapes.NOUNS, *ADJECTIVES)  # what the word head predicts
 
 @dataclass
 class PretrainConfig:
-    """The three stages; a stage's pictures are drawn with repetition from the drawn scenes."""
+    """The three stages; a stage's images are drawn with repetition from the drawn scenes."""
 
     scenes: int = option(40_000, "scenes drawn, half of them with a single object")
     batch_size: int = option(64, "pairs in a step")
     word_steps: int = option(1500, "stage 1: word head alone, single-object scenes")
     contrast_steps: int = option(1000, "stage 2: InfoNCE and word head")
-    cutmix_steps: int = option(4500, "stage 3: every second step on CutMix pictures, rate to zero")
+    cutmix_steps: int = option(4500, "stage 3: every second step on CutMix images, rate to zero")
     dense: float = option(0.15, "stage 3: weight of the dense features' share (the tokens': 10)")
     lr: float = option(1e-3, "peak learning rate; constant but for warm-up and stage 3")
     weight_decay: float = option(0.05, "AdamW")
@@ -88,9 +89,9 @@ def words_in(captions: list[str]) -> Tensor:
 
 
 def cutmix(images: Tensor, rng: np.random.Generator, patch: int) -> tuple[Tensor, Tensor]:
-    """Paste a patch-aligned rectangle of picture i + 1 into picture i.
+    """Paste a patch-aligned rectangle of image i + 1 into image i.
 
-    Returns the pictures and, per patch, 1 inside the rectangle: (B, h*w).
+    Returns the images and, per patch, 1 inside the rectangle: (B, h*w).
     """
     grid = images.shape[-1] // patch
     mixed, inside = images.clone(), torch.zeros(len(images), grid, grid)
@@ -105,7 +106,7 @@ def cutmix(images: Tensor, rng: np.random.Generator, patch: int) -> tuple[Tensor
 
 @torch.no_grad()
 def zero_shot_accuracy(clip: open_clip.CLIP, split: str, count: int = 500) -> float:
-    """Percent of single-object scenes whose object noun is told among the twelve."""
+    """Percent of single-object scenes whose object noun is found among the twelve."""
     clip.eval()
     scenes = [shapes.scene(split, i, objects=1) for i in range(count)]
     names = list(shapes.OBJECTS)
@@ -117,7 +118,7 @@ def zero_shot_accuracy(clip: open_clip.CLIP, split: str, count: int = 500) -> fl
 
 @torch.no_grad()
 def retrieval_accuracy(clip: open_clip.CLIP, split: str, groups: int = 5) -> float:
-    """Percent of pictures whose own caption is the nearest among 100."""
+    """Percent of images whose own caption is the nearest among 100."""
     clip.eval()
     right = []
     for group in range(groups):
@@ -130,7 +131,7 @@ def retrieval_accuracy(clip: open_clip.CLIP, split: str, groups: int = 5) -> flo
 
 @torch.no_grad()
 def dense_accuracy(clip: open_clip.CLIP, split: str, count: int = 200) -> float:
-    """Percent of patches mostly inside one object whose dense feature tells it among 18 nouns."""
+    """Percent of patches mostly inside one object whose dense feature finds it among 18 nouns."""
     clip.eval()
     scenes = [shapes.scene(split, i) for i in range(count)]
     texts = template_embedding(clip, shapes.NOUNS, PRIOR_TEMPLATES)
@@ -142,6 +143,76 @@ def dense_accuracy(clip: open_clip.CLIP, split: str, count: int = 200) -> float:
     sure = (labels == values[..., None]).mean(-1) > 0.6
     sure &= values > 0
     return 100 * float((found + 1 == values)[sure].mean())
+
+
+class Helpers(nn.Module):
+    """What predicts words from CLIP's tokens during pretraining, and is thrown away afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        width = SHAPES_ARCHITECTURE["vision_cfg"]["width"]
+        self.word_head = nn.Linear(SHAPES_ARCHITECTURE["embed_dim"], len(WORDS))
+        self.region_norm, self.region_head = nn.LayerNorm(width), nn.Linear(width, len(WORDS))
+        # Log scale and bias of the logits between dense features and nouns.
+        self.noun_scale = nn.Parameter(torch.tensor([math.log(10.0), -5.0]))
+
+
+def word_loss(
+    clip: open_clip.CLIP, helpers: Helpers, x: Tensor, captions: list[str], contrast: bool
+) -> Tensor:
+    """The words of each caption from the class token; with `contrast`, CLIP's InfoNCE too."""
+    pooled, words = image_embedding(clip, x), words_in(captions)
+    loss = 10 * F.binary_cross_entropy_with_logits(helpers.word_head(10 * pooled), words)
+    if contrast:
+        texts = embed_texts(clip, tokenize(captions))
+        scale = clip.logit_scale.exp().clamp(max=100)
+        logits, target = scale * pooled @ texts.T, torch.arange(len(x))
+        loss = loss + F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
+    return loss
+
+
+def cutmix_loss(
+    clip: open_clip.CLIP,
+    helpers: Helpers,
+    x: Tensor,
+    captions: list[str],
+    dense_weight: float,
+    rng: np.random.Generator,
+) -> Tensor:
+    """The words of either region's own caption from its tokens, and its nouns from its features."""
+    x, inside = cutmix(x, rng, clip.visual.patch_size[0])
+    words, hidden = words_in(captions), visual_hidden(clip, x)
+    tokens, dense = helpers.region_norm(hidden[:, 1:]), dense_embedding(clip, hidden)
+    prompts = [TEMPLATES[rng.integers(80)].format(noun) for noun in shapes.NOUNS]
+    nouns = embed_texts(clip, tokenize(prompts))  # (18, C)
+    loss = 0.0
+    for region, held in ((inside, words.roll(-1, 0)), (1 - inside, words)):
+        share = (region / region.sum(1, keepdim=True))[..., None]  # (B, h*w, 1)
+        logits = helpers.region_head((tokens * share).sum(1))
+        loss = loss + 10 * F.binary_cross_entropy_with_logits(logits, held)
+        match = F.normalize((dense * share).sum(1), dim=-1) @ nouns.T
+        logits = helpers.noun_scale[0].exp() * match + helpers.noun_scale[1]
+        held = held[:, : len(shapes.NOUNS)]
+        loss = loss + dense_weight * F.binary_cross_entropy_with_logits(logits, held)
+    return loss
+
+
+def learning_rate(step: int, stages: tuple[int, int, int], peak: float) -> float:
+    """Constant after a short warm-up; a cosine to zero in the last stage."""
+    before = stages[0] + stages[1]
+    if step < before:
+        return peak * min(1, (step + 1) / 100)
+    return peak * (1 + math.cos(math.pi * (step - before) / stages[2])) / 2
+
+
+def store(clip: open_clip.CLIP, scenes: list[shapes.Scene], path: str, made: str) -> None:
+    """Write the weights in half precision, of the token embeddings only those that are used."""
+    texts = [t.format(n) for t in (*TEMPLATES, *PRIOR_TEMPLATES) for n in shapes.NOUNS]
+    texts += [" ".join(WORDS), "A photo of x", *(scene.caption for scene in scenes)]
+    tokens = open_clip.tokenize(texts).unique()
+    state = {name: value.half() for name, value in clip.state_dict().items()}
+    state["token_embedding.weight"] = state["token_embedding.weight"][tokens].clone()
+    save_checkpoint({"state": state, "tokens": tokens, "made": made}, path)
 
 
 def main() -> None:
@@ -157,15 +228,8 @@ def main() -> None:
     images = np.stack([scene.image for scene in scenes])
     single = np.arange(1, config.scenes, 2)
 
-    clip = open_clip.CLIP(**SHAPES_ARCHITECTURE)
-    width = SHAPES_ARCHITECTURE["vision_cfg"]["width"]
-    word_head = nn.Linear(SHAPES_ARCHITECTURE["embed_dim"], len(WORDS))
-    region_norm, region_head = nn.LayerNorm(width), nn.Linear(width, len(WORDS))
-    parameters = [p for p in clip.parameters() if p.requires_grad]
-    noun_scale = nn.Parameter(torch.tensor([math.log(10.0), -5.0]))  # log scale and bias
-    for helper in (word_head, region_norm, region_head):
-        parameters += helper.parameters()
-    parameters.append(noun_scale)
+    clip, helpers = open_clip.CLIP(**SHAPES_ARCHITECTURE), Helpers()
+    parameters = [p for p in clip.parameters() if p.requires_grad] + list(helpers.parameters())
     decay = [p for p in parameters if p.ndim > 1]
     plain = [p for p in parameters if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain}]
@@ -175,12 +239,8 @@ def main() -> None:
     bar = tqdm(range(sum(stages)), "pretraining")
     for step in bar:
         stage = int(step >= stages[0]) + int(step >= stages[0] + stages[1])
-        rate = config.lr * min(1, (step + 1) / 100)
-        if stage == 2:
-            done = (step - stages[0] - stages[1]) / stages[2]
-            rate = config.lr * (1 + math.cos(math.pi * done)) / 2
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate(step, stages, config.lr)
 
         chosen = rng.choice(single if stage == 0 else config.scenes, config.batch_size)
         captions = [caption_for(rng, scenes[i]) for i in chosen]
@@ -189,49 +249,23 @@ def main() -> None:
         x[flipped] = x[flipped].flip(-1)
 
         clip.train()
-        words = words_in(captions)
         if stage == 2 and step % 2:
-            x, inside = cutmix(x, rng, clip.visual.patch_size[0])
-            hidden = visual_hidden(clip, x)
-            tokens, dense = region_norm(hidden[:, 1:]), dense_embedding(clip, hidden)
-            prompts = [TEMPLATES[rng.integers(80)].format(noun) for noun in shapes.NOUNS]
-            nouns = embed_texts(clip, tokenize(prompts))  # (18, C)
-            loss = 0.0
-            for region, held in ((inside, words.roll(-1, 0)), (1 - inside, words)):
-                share = (region / region.sum(1, keepdim=True))[..., None]  # (B, h*w, 1)
-                logits = region_head((tokens * share).sum(1))
-                loss = loss + 10 * F.binary_cross_entropy_with_logits(logits, held)
-                match = F.normalize((dense * share).sum(1), dim=-1) @ nouns.T
-                logits = noun_scale[0].exp() * match + noun_scale[1]
-                held = held[:, : len(shapes.NOUNS)]
-                loss = loss + config.dense * F.binary_cross_entropy_with_logits(logits, held)
+            loss = cutmix_loss(clip, helpers, x, captions, config.dense, rng)
         else:
-            pooled = image_embedding(clip, x)
-            loss = 10 * F.binary_cross_entropy_with_logits(word_head(10 * pooled), words)
-            if stage > 0:
-                texts = embed_texts(clip, tokenize(captions))
-                scale = clip.logit_scale.exp().clamp(max=100)
-                logits, target = scale * pooled @ texts.T, torch.arange(len(x))
-                loss = loss + F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
+            loss = word_loss(clip, helpers, x, captions, contrast=stage > 0)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         bar.set_postfix(stage=stage + 1, loss=f"{loss.item():.3f}", refresh=False)
         if (step + 1) % 500 == 0:
-            figures = f"{zero_shot_accuracy(clip, 'val'):.1f} % objects"
-            figures += f", {retrieval_accuracy(clip, 'val', 2):.1f} % retrieval"
-            figures += f", {dense_accuracy(clip, 'val'):.1f} % dense"
-            bar.write(f"step {step + 1}: {figures}, {time.time() - start:.0f} s")
+            metrics = f"{zero_shot_accuracy(clip, 'val'):.1f} % objects"
+            metrics += f", {retrieval_accuracy(clip, 'val', 2):.1f} % retrieval"
+            metrics += f", {dense_accuracy(clip, 'val'):.1f} % dense"
+            bar.write(f"step {step + 1}: {metrics}, {time.time() - start:.0f} s")
 
-    # Store only the token embeddings that the world's words and CLIP's templates use, in half.
-    texts = [t.format(n) for t in (*TEMPLATES, *PRIOR_TEMPLATES) for n in shapes.NOUNS]
-    texts += [" ".join(WORDS), "A photo of x", *(scene.caption for scene in scenes)]
-    tokens = open_clip.tokenize(texts).unique()
-    state = {name: value.half() for name, value in clip.state_dict().items()}
-    state["token_embedding.weight"] = state["token_embedding.weight"][tokens].clone()
-    made = f"python pretrain.py --seed {config.seed}: {time.time() - start:.0f} s"
-    save_atomically({"state": state, "tokens": tokens, "made": made}, config.out)
+    made = f"python -m experiments.pretrain --seed {config.seed}: {time.time() - start:.0f} s"
+    store(clip, scenes, config.out, made)
     print(
         f"test split: {zero_shot_accuracy(clip, 'test'):.1f} % of the objects, "
         f"{retrieval_accuracy(clip, 'test'):.1f} % retrieval among 100, "

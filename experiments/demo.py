@@ -1,9 +1,9 @@
 """The built-in demonstration: train CoDe on the shapes world and see it beside MaskCLIP.
 
-    python demo.py            # or `make demo`; a few minutes on two cores, no download
+    python -m experiments.demo            # or `make demo`; a few minutes on two cores, no download
 
-Writes into --out: last.pt (the checkpoint), sheet.png, figures.json, figures.md, and scenes/ with
-some held-out pictures and captions for segment.py.
+Writes into --out: last.pt (the checkpoint), sheet.png, metrics.json, metrics.md, and scenes/ with
+some held-out images and captions for segment.py.
 """
 
 import json
@@ -16,11 +16,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from config import MASK_PRESETS, EvalConfig, MaskConfig, UserError, option, parse, run, save_text
+from config import MASK_PRESETS, EvalConfig, MaskConfig, UserError, option, parse, run
 from data import select_nouns, shapes_tagger
 from datasets import Benchmark, shapes
-from draw import below, coloured_text, contact_sheet, legend, overlay, palette, save_png
-from evaluate import Segmenter, evaluate, load_method, make_segmenter
+from evaluate import evaluate, make_segmenter
+from segmenter import Segmenter, load_method
+from support.draw import below, coloured_text, contact_sheet, legend, overlay, palette, save_png
+from support.files import save_text
+
+TRAIN = Path(__file__).parents[1] / "train.py"
 
 
 @dataclass
@@ -29,11 +33,11 @@ class DemoConfig:
 
     out: str = option("out/demo", "folder for everything it writes")
     steps: int | None = option(None, "training steps (default: the preset's)")
-    scenes: int = option(500, "held-out scenes that the figures are measured on")
-    rows: int = option(8, "scenes shown in the picture")
+    scenes: int = option(500, "held-out scenes that the metrics are measured on")
+    rows: int = option(8, "scenes shown in the sheet")
 
 
-def caption_picture(caption: str, colours: dict[str, tuple]) -> Image.Image:
+def caption_image(caption: str, colours: dict[str, tuple]) -> Image.Image:
     """The caption with its nouns underlined, the objects' in the colours of their regions."""
     nouns = select_nouns(caption, shapes_tagger())
     words = [
@@ -52,12 +56,12 @@ def sheet(segmenters: dict[str, Segmenter], benchmark: Benchmark, rows: int) -> 
         image, scene = benchmark.image(i), shapes.scene("test", i)
         maps = [benchmark.label(i).astype(int)]
         for segmenter in segmenters.values():
-            maps.append(segmenter.label_map(image, torch.device("cpu"), True).numpy())
+            maps.append(segmenter.label_map(image, True).numpy())
         tinted = [overlay(image, labels - 1, colours) for labels in maps]
-        lines.append([image, caption_picture(scene.caption, by_noun), *tinted])
+        lines.append([image, caption_image(scene.caption, by_noun), *tinted])
     titles = ["image", "caption", "ground truth", *segmenters]
-    picture = contact_sheet(lines, titles)
-    return below(picture, legend(list(by_noun), colours, picture.width))
+    grid = contact_sheet(lines, titles)
+    return below(grid, legend(list(by_noun), colours, grid.width))
 
 
 def main() -> None:
@@ -65,7 +69,7 @@ def main() -> None:
     out, start = Path(config.out), time.time()
     for name in ("last.pt", "log.jsonl"):  # an earlier demonstration's
         (out / name).unlink(missing_ok=True)
-    train = [sys.executable, str(Path(__file__).with_name("train.py")), "--preset", "shapes"]
+    train = [sys.executable, str(TRAIN), "--preset", "shapes"]
     train += ["--out", config.out] + (["--steps", str(config.steps)] if config.steps else [])
     if code := subprocess.run(train).returncode:
         raise UserError(f"training ended with exit code {code}")
@@ -73,14 +77,14 @@ def main() -> None:
 
     base = MaskConfig(**MASK_PRESETS["shapes"], checkpoint=str(out / "last.pt"))
     benchmark = shapes.load("", count=config.scenes)
-    segmenters, figures = {}, {}
+    segmenters, metrics = {}, {}
     for title, method in (("MaskCLIP", "maskclip"), ("CoDe", "code")):
         for pamr in (True, False):
             settings = replace(base, method=method, pamr=pamr)
             clip, model = load_method(settings, torch.device("cpu"))
             segmenter = make_segmenter(clip, model, benchmark, settings)
             name = title if pamr else f"{title}, not refined"
-            figures[name] = evaluate(segmenter, benchmark, EvalConfig(), torch.device("cpu"))
+            metrics[name] = evaluate(segmenter, benchmark, EvalConfig())
             if pamr:
                 segmenters[title] = segmenter
     save_png(sheet(segmenters, benchmark, config.rows), out / "sheet.png")
@@ -89,13 +93,13 @@ def main() -> None:
         save_text(shapes.scene("test", i).caption, out / "scenes" / f"{i}.txt")
 
     table = ["| method | mIoU | pixel accuracy |", "|---|---|---|"]
-    table += [f"| {n} | {f['mIoU']:.1f} | {f['pixel_accuracy']:.1f} |" for n, f in figures.items()]
-    save_text("\n".join(table), out / "figures.md")
-    save_text(json.dumps(figures, indent=1), out / "figures.json")
-    print(f"\n{figures['CoDe']['images']} held-out scenes, mIoU with background in percent:\n")
+    table += [f"| {n} | {f['mIoU']:.1f} | {f['pixel_accuracy']:.1f} |" for n, f in metrics.items()]
+    save_text("\n".join(table), out / "metrics.md")
+    save_text(json.dumps(metrics, indent=1), out / "metrics.json")
+    print(f"\n{metrics['CoDe']['images']} held-out scenes, mIoU with background in percent:\n")
     print("\n".join(table))
     print(f"\ntrained in {trained:.0f} s, everything in {time.time() - start:.0f} s")
-    print(f"the picture: {out / 'sheet.png'}; the figures: {out / 'figures.md'}")
+    print(f"the sheet: {out / 'sheet.png'}; the metrics: {out / 'metrics.md'}")
 
 
 if __name__ == "__main__":

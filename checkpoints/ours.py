@@ -3,7 +3,7 @@
 import os
 import pickle
 import zlib
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +11,15 @@ import open_clip
 import torch
 import torch.distributed as dist
 
+from checkpoints.released import is_released, load_exactly, read_tensors, rebuild_released
 from clip import load_clip
-from config import (
-    LossConfig,
-    ModelConfig,
-    TrainConfig,
-    UserError,
-    process_count,
-    process_rank,
-    whole_file,
-)
+from config import LossConfig, ModelConfig, TrainConfig, UserError
 from model import CoDe
-from released import is_released, load_exactly, read_tensors, rebuild_released
+from support.distributed import process_count, process_rank
+from support.files import whole_file
 
 
-def save_atomically(content: dict[str, Any], path: str | Path) -> None:
+def save_checkpoint(content: dict[str, Any], path: str | Path) -> None:
     """torch.save by way of a temporary name, on the disk before it is renamed. Raises UserError."""
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         torch.save(content, file)
@@ -36,7 +30,7 @@ def save_atomically(content: dict[str, Any], path: str | Path) -> None:
 def model_content(model: CoDe) -> dict[str, Any]:
     """What a checkpoint must hold to rebuild a model: the learned tensors and the configuration.
 
-    CLIP's frozen weights are named, not stored; a fingerprint tells others of the same name.
+    CLIP's frozen weights are named, not stored; a checksum distinguishes others of the same name.
     """
     return {
         "model": model.learned_state(),
@@ -104,7 +98,15 @@ def load_learned(model: CoDe, state: dict[str, torch.Tensor], path: str | Path) 
 
 # --- a training run -------------------------------------------------------------------------------
 
-Places = dict[int, tuple[int, int]]  # reader -> its pass over the data and its place in the pass
+
+@dataclass
+class Progress:
+    """How far a training run is. Beside the weights and the optimizer it is all that changes."""
+
+    step: int = 0
+    best: float = -1.0  # the highest mIoU of its evaluations
+    offsets: dict[int, tuple[int, int]] = field(default_factory=dict)  # reader: epoch and offset
+    next_worker: int = 0  # which loader worker delivers the next batch
 
 
 def save_run(
@@ -112,49 +114,54 @@ def save_run(
     model: CoDe,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    step: int,
-    best: float,
-    places: Places,
-    turn: int,
+    progress: Progress,
     config: TrainConfig,
     loss_config: LossConfig,
 ) -> None:
-    """Write all that a run needs to go on; process 0 gathers the places of everybody's readers.
+    """Write all that a run needs to go on; process 0 gathers the offsets of everybody's readers.
 
     There is no random state among it: all that is random follows from the seed and the step.
     """
+    offsets = progress.offsets
     if process_count() > 1:
         parts: list = [None] * process_count()
-        dist.all_gather_object(parts, places)
-        places = {}
-        for part in parts:  # others' places are known from the last resume only: the latest counts
-            for reader, place in part.items():
-                places[reader] = max(places.get(reader, place), place)
+        dist.all_gather_object(parts, offsets)
+        offsets = {}
+        for part in parts:  # others' are known from the last resume only: the latest counts
+            for reader, offset in part.items():
+                offsets[reader] = max(offsets.get(reader, offset), offset)
     if process_rank() == 0:
         content = model_content(model) | {
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
-            "step": step,
-            "best": best,
-            "places": places,
-            "turn": turn,
             "processes": process_count(),
             "train_config": asdict(config),
             "loss_config": asdict(loss_config),
         }
-        save_atomically(content, path)
+        save_checkpoint(content | vars(progress) | {"offsets": offsets}, path)
 
 
-def read_run(
-    path: Path, config: TrainConfig, model_config: ModelConfig, loss_config: LossConfig
-) -> dict[str, Any]:
-    """Read a run to go on with. Raises UserError naming the fields in which it was another one."""
+def resume_run(
+    path: Path,
+    model: CoDe,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    config: TrainConfig,
+    loss_config: LossConfig,
+) -> Progress:
+    """Load a run to go on with. Raises UserError naming the fields in which it was another one.
+
+    With other readers than before (more or fewer processes or workers) the shares of the data are
+    others too: everybody starts with the next epoch.
+    """
     content = read_checkpoint(path)
     if "step" not in content:
         raise UserError(f"--resume: {path} is a model, not a run that can go on")
-    free = ("out", "device", "workers", "log_every", "checkpoint_every", "resume", "compile")
+    for before, now in (("places", "offsets"), ("turn", "next_worker")):  # earlier names
+        content.setdefault(now, content.get(before))
+    free = ("out", "device", "workers", "log_every", "checkpoint_every", "resume")
     free += ("tensorboard", "eval_dataset", "eval_root", "eval_every", "eval_limit")
-    given = {"train_config": config, "model_config": model_config, "loss_config": loss_config}
+    given = {"train_config": config, "model_config": model.config, "loss_config": loss_config}
     differing = [
         f"{name} was {content[part].get(name)}, is {value}"
         for part, now in given.items()
@@ -163,18 +170,18 @@ def read_run(
     ]
     if differing:
         raise UserError(f"--resume: {path} is of another configuration: {'; '.join(differing)}")
-    return content
+    check_clip(content, model, path)
+    load_learned(model, content["model"], path)
+    optimizer.load_state_dict(content["optimizer"])
+    scaler.load_state_dict(content["scaler"])
 
-
-def places_to_go_on(content: dict[str, Any], workers: int) -> tuple[Places, int]:
-    """Where every reader goes on, and the worker whose turn it is.
-
-    With other readers than before (more or fewer processes or workers) the shares of the data are
-    others too: everybody starts with the next pass.
-    """
-    readers, places = process_count() * max(1, workers), content["places"]
+    progress = Progress(**{f.name: content[f.name] for f in fields(Progress)})
     before = content["processes"] * max(1, content["train_config"]["workers"])
-    if readers == before:
-        return places, content["turn"]
-    latest = max((pass_ for pass_, _ in places.values()), default=-1)
-    return {reader: (latest + 1, 0) for reader in range(readers)}, 0
+    if before != (readers := process_count() * max(1, config.workers)):
+        latest = max((epoch for epoch, _ in progress.offsets.values()), default=-1)
+        progress.offsets = {reader: (latest + 1, 0) for reader in range(readers)}
+        progress.next_worker = 0
+        if process_rank() == 0:
+            now = f"{process_count()} now, or other workers"
+            print(f"{content['processes']} processes before, {now}: next epoch of the data")
+    return progress

@@ -1,7 +1,7 @@
 """The thesis's ablations (sections 4.4, 4.5) on the shapes world: a table and a contact sheet.
 
-    python ablate.py                             # every row, three seeds: some hours of one core
-    python ablate.py --rows baseline c cw cwr    # table 4.2 alone
+    python -m experiments.ablate                             # every row, three seeds: some hours
+    python -m experiments.ablate --rows baseline c cw cwr    # table 4.2 alone
 
 Every run is a `train.py` of its own under --out, one core each. What is done is skipped and what
 was interrupted goes on, so the command can be stopped at any time and given again. It writes
@@ -24,12 +24,20 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from checkpoint import read_checkpoint
-from config import TRAIN_PRESETS, UserError, option, parse, run, save_text
-from datasets import shapes
-from draw import below, contact_sheet, legend, overlay, palette, save_png
-from evaluate import load_benchmark
-from measure import THRESHOLDS, mean_ious, segmenter_of, told_from_true_masks, words_in_place
+from checkpoints.ours import read_checkpoint
+from config import TRAIN_PRESETS, UserError, option, parse, run
+from datasets import load_benchmark, shapes
+from experiments.measure import (
+    THRESHOLDS,
+    mean_ious,
+    segmenter_of,
+    true_mask_accuracy,
+    word_assignment_accuracy,
+)
+from support.draw import below, contact_sheet, legend, overlay, palette, save_png
+from support.files import save_text
+
+TRAIN = Path(__file__).parents[1] / "train.py"
 
 
 @dataclass
@@ -39,7 +47,7 @@ class AblateConfig:
     rows: tuple[str, ...] = option((), "rows to train and to show (default: all)")
     seeds: tuple[int, ...] = option((0, 1, 2), "training seeds; the table gives mean and deviation")
     steps: int | None = option(None, "training steps (default: the preset's)", low=1)
-    scenes: int = option(500, "held-out scenes that the figures are measured on", low=1)
+    scenes: int = option(500, "held-out scenes that the metrics are measured on", low=1)
     jobs: int = option(os.cpu_count() or 1, "runs at the same time, one thread each", low=1)
     out: str = option("out/ablation", "folder for the runs, ROW/SEED")
     results: str = option("results", "folder for ablation.md and ablation.png")
@@ -47,7 +55,7 @@ class AblateConfig:
 
 @dataclass
 class Row:
-    """One variant: what `train.py` is told, the row it is compared with, the thesis's average."""
+    """One variant: the options of `train.py`, the row it is compared with, the thesis's average."""
 
     title: str
     options: tuple[str, ...]
@@ -88,7 +96,7 @@ CHILDREN: set[subprocess.Popen] = set()  # the trainings that run now
 
 def train(row: Row, seed: int, folder: Path, config: AblateConfig) -> None:
     """Train to the end in a process of its own, going on from its last checkpoint if it has one."""
-    command = [sys.executable, str(Path(__file__).with_name("train.py")), "--preset", "shapes"]
+    command = [sys.executable, str(TRAIN), "--preset", "shapes"]
     command += ["--seed", str(seed), "--out", str(folder), "--workers", "0", *row.options]
     command += ["--checkpoint-every", "100"]
     command += ["--steps", str(config.steps)] if config.steps else []
@@ -103,7 +111,7 @@ def train(row: Row, seed: int, folder: Path, config: AblateConfig) -> None:
     if child.returncode:
         raise UserError(f"{folder}: training ended with exit code {child.returncode}: {line}")
     if read_checkpoint(folder / "last.pt")["step"] < planned_steps(config):
-        raise KeyboardInterrupt  # it was told to stop, and saved
+        raise KeyboardInterrupt  # it was asked to stop, and saved
 
 
 def planned_steps(config: AblateConfig) -> int:
@@ -115,7 +123,7 @@ def run_folder(name: str, seed: int, config: AblateConfig) -> Path:
 
 
 def what_was_asked(name: str, config: AblateConfig) -> dict:
-    """What figures depend on besides the seed; kept with them."""
+    """What metrics depend on besides the seed; kept with them."""
     asked = {"options": list(ROWS[name].options), "steps": planned_steps(config)}
     return {"asked": asked, "scenes": config.scenes}
 
@@ -129,23 +137,23 @@ def training_seconds(folder: Path) -> float:
 
 
 def run_once(name: str, seed: int, config: AblateConfig) -> None:
-    """Train and measure one row with one seed, unless its figures are there."""
+    """Train and measure one row with one seed, unless its metrics are there."""
     folder = run_folder(name, seed, config)
     train(ROWS[name], seed, folder, config)
     segmenter = segmenter_of(folder / "last.pt")
-    figures = {"mIoU": mean_ious(segmenter, config.scenes)}
-    figures["told"] = told_from_true_masks(segmenter.model, config.scenes)
+    metrics = {"mIoU": mean_ious(segmenter, config.scenes)}
+    metrics["true_masks"] = true_mask_accuracy(segmenter.model, config.scenes)
     if segmenter.model.decomposes_text:
-        figures["words"] = words_in_place(segmenter.model, config.scenes)
-    figures |= {"seconds": training_seconds(folder)} | what_was_asked(name, config)
-    save_text(json.dumps(figures, indent=1), folder / "figures.json")
+        metrics["words"] = word_assignment_accuracy(segmenter.model, config.scenes)
+    metrics |= {"seconds": training_seconds(folder)} | what_was_asked(name, config)
+    save_text(json.dumps(metrics, indent=1), folder / "metrics.json")
 
 
 def run_all(names: Sequence[str], config: AblateConfig) -> None:
     """All runs that are missing, `jobs` at a time."""
     wanted = [(name, seed) for seed in config.seeds for name in names]
     folders = {job: run_folder(*job, config) for job in wanted}
-    missing = [job for job, folder in folders.items() if not (folder / "figures.json").exists()]
+    missing = [job for job, folder in folders.items() if not (folder / "metrics.json").exists()]
     print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are done", flush=True)
     torch.set_num_threads(1)
     start = time.time()
@@ -166,19 +174,19 @@ def run_all(names: Sequence[str], config: AblateConfig) -> None:
 
 
 def finished(names: Sequence[str], config: AblateConfig) -> dict[str, list[dict]]:
-    """Figures of every row that has all its seeds. Raises UserError for one of other options."""
+    """Metrics of every row that has all its seeds. Raises UserError for one of other options."""
     rows: dict[str, list[dict]] = {name: [] for name in names}
     for name in names:
         asked = what_was_asked(name, config)
         for seed in config.seeds:
-            path = run_folder(name, seed, config) / "figures.json"
+            path = run_folder(name, seed, config) / "metrics.json"
             if path.exists():
-                figures = json.loads(path.read_text())
-                if {key: figures[key] for key in asked} != asked:
+                metrics = json.loads(path.read_text())
+                if {key: metrics[key] for key in asked} != asked:
                     raise UserError(
                         f"{path}: of other options; remove its folder, or name another --out"
                     )
-                rows[name].append(figures)
+                rows[name].append(metrics)
     return {name: runs for name, runs in rows.items() if len(runs) == len(config.seeds)}
 
 
@@ -203,8 +211,8 @@ def verdict(values: Sequence[float], others: Sequence[float]) -> str:
 def table(names: Sequence[str], rows: dict[str, list[dict]]) -> list[str]:
     """Markdown lines of one table."""
     lines = [
-        "| | mIoU | at its best threshold | difference | nouns / adjectives in place "
-        "| told from true region / words | minutes a run | thesis (avg. of six) |",
+        "| | mIoU | at its best threshold | difference | words assigned: nouns / adjectives "
+        "| zero-shot on true regions / words | minutes a run | thesis (avg. of six) |",
         "|---|---|---|---|---|---|---|---|",
     ]
     names = [name for name in names if name in rows]
@@ -216,7 +224,10 @@ def table(names: Sequence[str], rows: dict[str, list[dict]]) -> list[str]:
             difference = verdict(at[0.4], [f["mIoU"]["0.4"] for f in rows[other]])
             difference += f" (to {ROWS[other].title})"
         shares = {}
-        for kind, parts in (("words", ("nouns", "adjectives")), ("told", ("regions", "words"))):
+        for kind, parts in (
+            ("words", ("nouns", "adjectives")),
+            ("true_masks", ("regions", "words")),
+        ):
             if kind in rows[name][0]:
                 means = (statistics.mean(f[kind][part] for f in rows[name]) for part in parts)
                 shares[kind] = " / ".join(f"{mean:.0f} %" for mean in means)
@@ -229,7 +240,7 @@ def table(names: Sequence[str], rows: dict[str, list[dict]]) -> list[str]:
             f"{best_mean:.1f} ± {best_deviation:.1f} ({best})",
             difference,
             shares.get("words", ""),
-            shares.get("told", ""),
+            shares.get("true_masks", ""),
             f"{statistics.median(f['seconds'] for f in rows[name]) / 60:.1f}",
             "" if thesis is None else f"{thesis:.1f}",
         ]
@@ -242,13 +253,13 @@ def report(rows: dict[str, list[dict]], maskclip: dict, config: AblateConfig) ->
     lines = [
         "# Ablations on the shapes world",
         "",
-        f"Made by `python ablate.py`: {planned_steps(config)} steps a run, seeds "
+        f"Made by `python -m experiments.ablate`: {planned_steps(config)} steps a run, seeds "
         f"{', '.join(map(str, config.seeds))}; mIoU with background in percent on "
         f"{config.scenes} held-out scenes, refined, threshold 0.4: mean ± standard deviation of "
         "the seeds. A difference is beyond the noise when it exceeds 2.8 of its standard errors "
-        "(95 % for three seeds a row). *In place*: words whose likeliest segment (Eq. 3.3) is "
-        "that of their noun. *Told*: objects that CLIP tells among the twelve when it is shown "
-        "their true region, or their true words, and the row's prompt everywhere else. The last "
+        "(95 % for three seeds a row). *Words assigned*: words whose likeliest class (Eq. 3.3) is "
+        "their noun. *Zero-shot*: accuracy of the frozen CLIP, twelve objects, on highlighted true "
+        "regions and on highlighted true words, with the row's prompt everywhere else. The last "
         "column is the thesis's own, ViT-B/16 on six benchmarks, not measured here.",
         "",
         f"Without any training (MaskCLIP): {maskclip['0.4']:.1f}.",
@@ -270,12 +281,12 @@ def sheet(rows: dict[str, list[dict]], config: AblateConfig, scenes: int = 6) ->
     lines = []
     for i in range(scenes):
         image, maps = benchmark.image(i), [benchmark.label(i).astype(int)]
-        maps += [s.label_map(image, torch.device("cpu"), True).numpy() for s in segmenters]
+        maps += [s.label_map(image, True).numpy() for s in segmenters]
         lines.append([image, *(overlay(image, labels - 1, colours) for labels in maps)])
     titles = ["image", "ground truth", "MaskCLIP", *(ROWS[name].title for name in names)]
     titles = ["baseline" if title == "image segmenter only" else title for title in titles]
-    picture = contact_sheet(lines, titles)
-    return below(picture, legend(list(shapes.OBJECTS), colours, picture.width))
+    grid = contact_sheet(lines, titles)
+    return below(grid, legend(list(shapes.OBJECTS), colours, grid.width))
 
 
 def main() -> None:
@@ -284,7 +295,7 @@ def main() -> None:
     names = config.rows or tuple(ROWS)
     if unknown := [name for name in names if name not in ROWS]:
         raise UserError(f"--rows {unknown[0]}: not one of {', '.join(ROWS)}")
-    finished(names, config)  # figures of other options, before the hours
+    finished(names, config)  # metrics of other options, before the hours
     run_all(names, config)
     rows, results = finished(names, config), Path(config.results)
     text = report(rows, mean_ious(segmenter_of(None), config.scenes), config)

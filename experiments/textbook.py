@@ -1,4 +1,4 @@
-"""The textbook forms that bench.py measures against, written from their definitions."""
+"""The plain forms that bench.py measures against, written from their definitions."""
 
 import contextlib
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
-import clip as clip_functions
-import evaluate as evaluation
-import model as method
+import clip
+import model
+import segmenter
 from data import Batch
 
 
@@ -46,39 +46,32 @@ def plain_pamr(
 
 
 def plain_upsample_and_convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    up = F.interpolate(x.movedim(-1, 1), scale_factor=2, mode="nearest")
-    return conv(up).movedim(1, -1)
+    return conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
-def plain_block(
-    block: ResidualAttentionBlock, x: Tensor, mask: Tensor | None = None, tokens: int | None = None
-) -> Tensor:
-    """open_clip's own forward pass of a block, at all positions."""
+def plain_block(block: ResidualAttentionBlock, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """open_clip's own forward pass of a block."""
     if mask is not None and mask.dim() > 2:  # of the text segmenter: one for every text and head
         mask = mask.expand(len(x), block.attn.num_heads, x.shape[1], x.shape[1]).flatten(0, 1)
     if mask is not None:
         mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    return block(x, attn_mask=mask)[:, :tokens]
+    return block(x, attn_mask=mask)
 
 
 @contextlib.contextmanager
-def textbook():
-    """Ours with every piece replaced by its textbook form."""
+def plain_forms():
+    """Ours with every piece replaced by its plain form."""
     with (
-        mock.patch.object(method, "upsample_and_convolve", plain_upsample_and_convolve),
-        mock.patch.object(method, "transformer_block", plain_block),
-        mock.patch.object(clip_functions, "transformer_block", plain_block),
-        mock.patch.object(evaluation, "pamr", plain_pamr),
+        mock.patch.object(model, "upsample_and_convolve", plain_upsample_and_convolve),
+        mock.patch.object(model, "transformer_block", plain_block),
+        mock.patch.object(clip, "transformer_block", plain_block),
+        mock.patch.object(segmenter, "pamr", plain_pamr),
     ):
         yield
 
 
 def padded(batch: Batch) -> Batch:
     """All texts of 77 tokens."""
-    texts = ("caption_tokens", "noun_tokens", "knowledge_tokens", "noun_labels")
-    longer = {}
-    for name in texts:
-        value = getattr(batch, name)
-        filling = -1 if name == "noun_labels" else 0
-        longer[name] = F.pad(value, (0, 77 - value.shape[1]), value=filling)
-    return replace(batch, **longer)
+    texts = ("caption_tokens", "noun_tokens", "knowledge_tokens")
+    longer = {name: getattr(batch, name) for name in texts}
+    return replace(batch, **{k: F.pad(v, (0, 77 - v.shape[1])) for k, v in longer.items()})

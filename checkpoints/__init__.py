@@ -1,0 +1,1 @@
+"""Files of trained models: our own (`ours`) and the authors' released ones (`released`)."""

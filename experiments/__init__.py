@@ -1,0 +1,1 @@
+"""What is made with the method: `python -m experiments.NAME`. Nothing outside imports it."""

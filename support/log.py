@@ -1,0 +1,108 @@
+"""What a training run reports: log.jsonl, the progress bar, and TensorBoard if it is asked for."""
+
+import json
+import resource
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from config import TrainConfig, UserError
+from support.files import save_text
+
+
+class Log:
+    """Records every step in every process; process 0 writes.
+
+    Lines from after the checkpoint that a run goes on from are dropped.
+    """
+
+    def __init__(self, out: Path, config: TrainConfig, step: int, writes: bool):
+        self.path, self.config, self.writes = out / "log.jsonl", config, writes
+        if writes and self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]  # not one cut off by a kill
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
+            save_text("".join(kept).rstrip("\n"), self.path) if kept else self.path.unlink()
+        self.bar = tqdm(
+            total=config.steps,
+            initial=step,
+            desc="training",
+            file=sys.stderr,
+            disable=not writes,
+        )
+        self.board = None
+        if writes and config.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard: `pip install tensorboard` is missing") from None
+            self.board = SummaryWriter(str(out))
+        self.skipped: Counter[str] = Counter()  # bad pairs by cause, since the start or resuming
+        self.waited = 0.0  # seconds without data since the last line
+        self.recent: list[Tensor] = []  # loss terms of the steps since the last line
+        self.start, self.step = time.perf_counter(), step
+
+    def record(self, terms: dict[str, Tensor]) -> None:
+        """A step's loss terms, left on the device: reading them would wait for all of its work."""
+        self.recent.append(torch.stack(list(terms.values())).detach())
+
+    def check_finite(self, terms: dict[str, Tensor], step: int) -> None:
+        """Raises UserError naming the first step since the last line with a loss not finite."""
+        nonfinite = ~torch.isfinite(torch.stack(self.recent)).cpu()  # (steps, terms)
+        for row, before in zip(nonfinite, range(step - len(self.recent), step)):
+            if row.any():
+                names = ", ".join(name for name, bad in zip(terms, row) if bad)
+                raise UserError(
+                    f"step {before}: {names} not finite; the weights were not changed by it; "
+                    f"--resume goes on from {self.path.parent}/last.pt if there is one"
+                )
+
+    def write(
+        self,
+        step: int,
+        lr: float,
+        terms: dict[str, Tensor],
+        more: dict[str, Tensor],
+    ) -> None:
+        """A line: the last step's terms and whatever else is given, read off the device."""
+        self.check_finite(terms, step)
+        seconds, steps = time.perf_counter() - self.start, step - self.step
+        line = {"step": step, "lr": lr}
+        line |= {name: value.item() for name, value in (terms | more).items()}
+        line |= {
+            "pairs_per_second": steps * self.config.batch_size / seconds,
+            "data_wait": self.waited / seconds,
+            "memory_mb": memory_mb(terms["total"].device),
+            "skipped": dict(self.skipped),
+        }
+        if self.writes:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        if self.board:
+            for name, value in line.items():
+                if name != "skipped":
+                    self.board.add_scalar(name, value, step)
+        shown = {"loss": f"{line['total']:.3f}", "lr": f"{line['lr']:.1e}"}
+        shown |= {"pairs/s": f"{line['pairs_per_second']:.0f}", "wait": f"{line['data_wait']:.0%}"}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(steps)
+        self.recent, self.waited = [], 0.0
+        self.start, self.step = time.perf_counter(), step
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.board:
+            self.board.close()
+
+
+def memory_mb(device: torch.device) -> float:
+    """Peak memory so far: the GPU's if there is one, otherwise this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1,0 +1,80 @@
+"""Real runs of train.py and segment.py, for several tests."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from conftest import NLTK_DATA, ROOT
+
+from checkpoints.ours import read_checkpoint
+from config import MASK_PRESETS
+
+TINY = ("--preset", "shapes", "--batch-size", "4", "--log-every", "1", "--warmup", "0.2")
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "NLTK_DATA": str(NLTK_DATA)}
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(*arguments), cwd=ROOT, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+    )
+
+
+def kill_all(marker: str) -> None:
+    """SIGKILL every process whose command line holds a marker: torchrun's agent and its workers,
+    which are in sessions of their own."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        if marker in words:
+            os.kill(int(folder.name), signal.SIGKILL)
+
+
+def command(*arguments: str, processes: int = 1) -> list[str]:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*launcher, "train.py", *map(str, arguments)]
+
+
+def train(*arguments: str, processes: int = 1, code: int = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        command(*arguments, processes=processes),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def log(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def same_state(a: Path, b: Path) -> bool:
+    a, b = (read_checkpoint(path / "last.pt") for path in (a, b))
+    equal = all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    return equal and a["step"] == b["step"] and a["offsets"] == b["offsets"]
+
+
+# --- segment.py -----------------------------------------------------------------------------------
+
+
+def segment(*arguments, folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "segment.py"), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+
+
+# Without training the masks are high: a threshold that leaves something of every word.
+SETTINGS = MASK_PRESETS["shapes"] | {"background": 0.7}
+OPTIONS = ("--preset", "shapes", "--checkpoint", "code.pt", "--background", "0.7")

@@ -1,0 +1,85 @@
+"""Files of training: what they hold, and what is refused."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CPU
+from runs import TINY, train
+
+from checkpoints.ours import load_model, model_content, read_checkpoint, save_checkpoint
+from clip import load_clip
+from config import MaskConfig, ModelConfig, UserError
+from model import CoDe
+from segmenter import Segmenter
+
+
+@pytest.fixture(scope="module")
+def last(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    train(*TINY, "--steps", "2", "--out", out)
+    return out / "last.pt"
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+def test_loading_a_checkpoint_executes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {"masker.x": torch.zeros(1)}, "cfg": Bomb()}, "bomb.pt")
+    with pytest.raises(UserError):
+        load_model("bomb.pt", CPU)
+    assert not Path("exploded").exists()
+
+
+def test_a_checkpoint_of_another_clip_of_the_same_name_is_refused(tmp_path):
+    config = ModelConfig(clip="shapes", context_init="a photo of a")
+    content = model_content(CoDe(load_clip("shapes"), config))
+    save_checkpoint(content, tmp_path / "same.pt")
+    assert load_model(tmp_path / "same.pt", CPU).config == config
+    save_checkpoint(content | {"clip": 1}, tmp_path / "other.pt")
+    with pytest.raises(
+        UserError, match=r"other\.pt: trained with other weights of CLIP than shapes"
+    ):
+        load_model(tmp_path / "other.pt", CPU)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 broken", b"hello"])
+def test_an_unreadable_checkpoint_is_named(content, tmp_path):
+    path = tmp_path / "x.pt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.pt is not a readable checkpoint"):
+        read_checkpoint(path)
+
+
+def test_missing_and_unknown_tensors_are_named(last, tmp_path):
+    content = read_checkpoint(last)
+    content["model"]["surprise"] = content["model"].pop("context")
+    save_checkpoint(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="missing context, unknown surprise"):
+        load_model(tmp_path / "x.pt", CPU)
+
+
+def test_a_failed_write_leaves_the_previous_file(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    save_checkpoint({"step": 1}, path)
+
+    def full(*arguments, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        save_checkpoint({"step": 2}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_evaluation_of_a_training_checkpoint(last):
+    """Our checkpoint, loaded, segments like the model it was saved from: embeddings match."""
+    model = load_model(last, CPU)
+    segmenter = Segmenter(model.clip, model, ["kite", "ball"], MaskConfig())
+    assert segmenter.class_embedding.shape == (2, 64)
+    assert segmenter.masks(torch.randn(1, 3, 64, 64)).shape == (1, 2, 64, 64)

@@ -1,0 +1,84 @@
+"""The house: what stands where, what may import what, and how large a room may be."""
+
+import ast
+import re
+
+from conftest import ROOT
+
+SHELF = ("model", "losses", "clip", "pamr", "data", "sources", "config", "segmenter")
+SCRIPTS = ("train", "evaluate", "segment")
+# From the ground up: a file imports from lower floors, or from its own folder.
+FLOORS = (
+    ("config", "pamr"),
+    ("support",),
+    ("clip", "datasets"),
+    ("model", "sources"),
+    ("losses", "data", "checkpoints"),
+    ("segmenter",),
+    SCRIPTS,
+    ("experiments",),
+)
+SOURCES = [p for p in ROOT.rglob("*.py") if ".venv" not in p.parts and "out" not in p.parts]
+
+
+def room(path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(path) -> set[str]:
+    """The rooms of this house that a file imports from, at its top or inside a function."""
+    known = {name for floor in FLOORS for name in floor}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    return found & known
+
+
+def test_the_shelf_holds_the_thesis_alone():
+    assert {p.stem for p in ROOT.glob("*.py")} == {*SHELF, *SCRIPTS}
+
+
+def test_imports_point_downward():
+    floor_of = {name: i for i, floor in enumerate(FLOORS) for name in floor}
+    arrows = 0
+    for path in SOURCES:
+        here = room(path)
+        if here == "tests":
+            continue
+        for there in imported(path) - {here}:
+            arrows += 1
+            # Training evaluates; nothing else imports a script but what is above all of them.
+            allowed = (here, there) == ("train", "evaluate") or floor_of[there] < floor_of[here]
+            assert allowed, f"{path.relative_to(ROOT)} imports {there}"
+    assert arrows > 50
+    support = {name for p in (ROOT / "support").glob("*.py") for name in imported(p)}
+    assert support == {"config", "support"}
+    assert not imported(ROOT / "losses.py") - {"config"}  # tensors in, tensors out
+
+
+def lines(*names: str) -> int:
+    return sum(len((ROOT / f"{name}.py").read_text().splitlines()) for name in names)
+
+
+def test_budgets_of_a_readers_evening():
+    assert lines("model", "losses") <= 450
+    thesis = ("model", "losses", "data", "train", "pamr", "segmenter", "evaluate")
+    assert lines(*thesis) <= 1400
+    for path in SOURCES:
+        text = path.read_text()
+        assert len(text.splitlines()) <= 330, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= 80, f"{path.name}: {node.name} has {length} lines"
+
+
+def test_no_word_of_this_house_alone():
+    """Names that were replaced by the field's own do not come back."""
+    ours = r"\b(pass_|planes|winners|unsound|capped_scale|word_cases|pictures?)\b"
+    for path in SOURCES:
+        if room(path) != "tests":
+            assert not re.search(ours, path.read_text()), path
