@@ -146,6 +146,22 @@ def transformer_block(
     return x + block.mlp(block.ln_2(x))
 
 
+def project(x: Tensor, projection: Tensor) -> Tensor:
+    """Into the space that images and texts share: x @ projection, normalised, (..., C).
+
+    In full precision even under autocast, as `cosines` are: in bfloat16 masks would move in steps
+    of 0.004, and the smoothness of x^v would measure rounding.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return F.normalize(x.to(projection.dtype) @ projection, dim=-1, eps=1e-6)
+
+
+def cosines(equation: str, a: Tensor, b: Tensor) -> Tensor:
+    """Dot products of unit vectors: einsum in full precision, even under autocast."""
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.einsum(equation, a, b)
+
+
 # --- the visual tower -----------------------------------------------------------------------------
 
 
@@ -166,7 +182,7 @@ def visual_hidden(clip: open_clip.CLIP, images: Tensor) -> Tensor:
         grid = F.interpolate(grid, (h, w), mode="bicubic", align_corners=False)
         grid = grid.flatten(2)[0].T  # (h*w, width)
     class_token = (visual.class_embedding + first).expand(len(x), 1, -1)
-    x = visual.ln_pre(torch.cat([class_token.to(x.dtype), x + grid], dim=1))
+    x = visual.ln_pre(torch.cat([class_token, x + grid], dim=1))
     for block in visual.transformer.resblocks[:-1]:
         x = transformer_block(block, x)
     return x
@@ -187,14 +203,14 @@ def dense_embedding(clip: open_clip.CLIP, hidden: Tensor) -> Tensor:
     """MaskCLIP's dense features from `visual_hidden`, projected and normalised: (B, h*w, C)."""
     visual = clip.visual
     x = maskclip_block(visual.transformer.resblocks[-1], hidden[:, 1:])
-    return F.normalize(visual.ln_post(x) @ visual.proj, dim=-1, eps=1e-6)
+    return project(visual.ln_post(x), visual.proj)
 
 
 def image_embedding(clip: open_clip.CLIP, images: Tensor) -> Tensor:
     """E^v, CLIP's image embedding read at the class token, normalised: (B, 3, S, S) -> (B, C)."""
     visual = clip.visual
     x = transformer_block(visual.transformer.resblocks[-1], visual_hidden(clip, images))
-    return F.normalize(visual.ln_post(x[:, 0]) @ visual.proj, dim=-1, eps=1e-6)
+    return project(visual.ln_post(x[:, 0]), visual.proj)
 
 
 # --- the text tower -------------------------------------------------------------------------------
@@ -240,7 +256,7 @@ def text_embedding(clip: open_clip.CLIP, embeddings: Tensor, eot: Tensor) -> Ten
     """
     hidden = text_hidden(clip, embeddings)
     pooled = clip.ln_final(hidden[torch.arange(len(eot), device=eot.device), eot])
-    return F.normalize(pooled @ clip.text_projection, dim=-1, eps=1e-6)
+    return project(pooled, clip.text_projection)
 
 
 def embed_texts(clip: open_clip.CLIP, tokens: Tensor) -> Tensor:

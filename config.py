@@ -1,6 +1,7 @@
 """Plain dataclasses shared by the scripts, their presets, and how they become a command line."""
 
 import argparse
+import math
 import sys
 import types
 from collections.abc import Callable
@@ -49,6 +50,9 @@ class ModelConfig:
     word_bias: float = option(0.0, "start of b in Eq. 3.2")
     co_decomposition: bool = option(
         True, "ablation C: decompose the text too and align (section 3.4)"
+    )
+    text_attention: str = option(
+        "words", "what the text segmenter attends to: a caption's 'words', or 'all' 77 (release)"
     )
     word_prompt: bool = option(True, "ablation W: learn P^t of Eq. 3.5 (otherwise zeros)")
     region_prompt: bool = option(True, "ablation R: learn P^v of Eq. 3.4 (otherwise zeros)")
@@ -114,12 +118,16 @@ class TrainConfig:
     )
     seed: int = option(0, "everything random follows from it", low=0)
     device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
+    precision: str = option(
+        "auto", "float32, bfloat16 or float16 (auto: float32 on a CPU, else what the GPU can)"
+    )
     workers: int = option(
         2, "data loading processes per training process; 0 loads in the main one", low=0
     )
     log_every: int = option(10, "steps between two lines of log.jsonl", low=1)
     checkpoint_every: int = option(1000, "steps between two checkpoints", low=1)
     resume: bool = option(False, "go on from last.pt in --out")
+    timeout: int = option(60, "minutes that processes wait for each other", low=1)
     eval_dataset: str | None = option(None, "benchmark to evaluate on; the best goes to best.pt")
     eval_root: str = option("data", "folder with the raw benchmark folders")
     eval_every: int = option(5000, "steps between two evaluations (at a checkpoint)", low=1)
@@ -136,6 +144,7 @@ class MaskConfig:
     clip: str = option("ViT-B-16-quickgelu", "CLIP of --method maskclip without a checkpoint")
     clip_weights: str = option("openai", "its weights: open_clip tag, local file or 'none'")
     device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
+    precision: str = option("float32", "of the matrix products: float32, bfloat16 or float16")
     background: float | None = option(
         None,
         "threshold below which a pixel is background; default: 0.4, without PAMR 0.5",
@@ -167,6 +176,7 @@ class EvalConfig:
     limit: int | None = option(
         None, "evaluate the first N images only; the metrics are partial", low=1
     )
+    timeout: int = option(60, "minutes that processes wait for each other", low=1)
 
 
 # --- presets --------------------------------------------------------------------------------------
@@ -234,6 +244,8 @@ def parse(description: str, *configs: type, presets: dict[str, dict] | None = No
     for f in (f for config in configs for f in fields(config)):
         low, high = f.metadata["low"], f.metadata["high"]
         value, flag = values[f.name], "--" + f.name.replace("_", "-")
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"{flag} {value}: must be a finite number")
         if value is not None and low is not None and value < low:
             parser.error(f"{flag} {value}: must be at least {low}")
         if value is not None and high is not None and value > high:

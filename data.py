@@ -6,7 +6,6 @@ alone, so that a reader can go on anywhere and nothing has to be saved but epoch
 """
 
 import collections
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -24,6 +23,7 @@ from clip import IMAGE_MEAN, IMAGE_STD, noun_prompts, tokenize
 from config import UserError
 from datasets import shapes
 from sources import BadSample, Folder, ShapesWorld, Shards
+from support.distributed import ignore_stop_signals
 
 # CLIP's 80 hand-written ImageNet templates, for n'_j.
 KNOWLEDGE_TEMPLATES = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
@@ -82,7 +82,7 @@ class Batch:
     knowledge_tokens: Tensor  # (J*b, L''), the nouns in hand-written templates
     noun_labels: Tensor | None = None  # (b, L), the released pseudo-labels if they are asked for
     skipped: Counts = field(default_factory=Counts)  # bad pairs by cause
-    position: tuple[int, int, int] = (0, 0, 0)  # reader, and its epoch and offset after this batch
+    position: tuple[int, ...] = ()  # reader, and its epoch and offset after this batch
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -141,8 +141,9 @@ def collate(
 class PairStream(IterableDataset):
     """Endless batches of one training process, read by its loader's workers.
 
-    start: where each reader goes on, {reader: (epoch, offset)}; next_worker: the one that delivers
-    the next batch; with_released_labels: whether batches have them.
+    start: where each reader goes on, {reader: (epoch, *offset)}, offset being what its source
+    counts by; next_worker: the one that delivers the next batch; with_released_labels: whether
+    batches have them.
     A UserError in the stream means that the data is unusable: the training process raises it.
     """
 
@@ -157,7 +158,7 @@ class PairStream(IterableDataset):
     rank: int = 0
     processes: int = 1
     with_released_labels: bool = False
-    start: dict[int, tuple[int, int]] = field(default_factory=dict)
+    start: dict[int, tuple[int, ...]] = field(default_factory=dict)
     next_worker: int = 0
 
     def __iter__(self) -> Iterator[Batch | UserError]:
@@ -166,16 +167,16 @@ class PairStream(IterableDataset):
         # Workers deliver in turn: after resuming, the first one stands in for the next one.
         reader = self.rank * workers + (worker + self.next_worker) % workers
         readers = self.processes * workers
-        epoch, offset = self.start.get(reader, (0, 0))
+        epoch, *offset = self.start.get(reader, (0,))
+        offset = offset or self.source.START
         samples: list[tuple] = []
         skipped: Counts = Counts()
         recent: collections.deque[bool] = collections.deque(maxlen=1000)  # was it bad?
         while True:
-            good, first = 0, offset
-            items = self.source.order(self.seed, epoch, reader, readers)
-            for item in itertools.islice(items, offset, None):
-                rng = np.random.default_rng((self.seed, epoch, reader, offset))
-                offset += 1
+            good, whole = 0, not any(offset)
+            for after, item in self.source.order(self.seed, epoch, reader, readers, offset):
+                rng = np.random.default_rng((self.seed, epoch, reader, *offset))
+                offset = after
                 try:
                     samples.append(self.prepare(item, rng))
                     good += 1
@@ -190,16 +191,16 @@ class PairStream(IterableDataset):
                     )
                 if len(samples) == self.pairs:
                     batch = collate(*zip(*samples), self.context_length, self.with_released_labels)
-                    yield replace(batch, skipped=skipped, position=(reader, epoch, offset))
+                    yield replace(batch, skipped=skipped, position=(reader, epoch, *offset))
                     samples, skipped = [], Counts()
-            if first == 0 and good < self.pairs:
+            if whole and good < self.pairs:
                 found = f"{good} usable pairs for a batch of {self.pairs}"
                 causes = f" ({listed(skipped)})" if skipped else ""
                 yield UserError(
                     f"a whole epoch of a reader's share of the data gave {found}{causes}; "
                     "a smaller --batch-size or fewer --workers need less"
                 )
-            epoch, offset = epoch + 1, 0
+            epoch, offset = epoch + 1, self.source.START
 
     def prepare(self, item, rng: np.random.Generator) -> tuple:
         """Read and augment one pair, draw its nouns and templates: the arguments of `collate`."""
@@ -211,8 +212,8 @@ class PairStream(IterableDataset):
             raise BadSample(f"fewer than {self.nouns} nouns")
         nouns = [nouns[i] for i in rng.permutation(len(nouns))]
         templates = [KNOWLEDGE_TEMPLATES[i] for i in rng.integers(80, size=self.nouns)]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(rng.integers(2**31)))
+        with torch.random.fork_rng(devices=[]):  # torch.manual_seed would seed every GPU too
+            torch.default_generator.manual_seed(int(rng.integers(2**31)))
             image = RandomResizedCrop(self.size, (self.min_crop, 1.0))(image)
             image = RandomHorizontalFlip()(image)
         image = normalize(to_tensor(image), IMAGE_MEAN, IMAGE_STD)
@@ -232,4 +233,5 @@ def make_loader(stream: PairStream, workers: int, pin_memory: bool) -> DataLoade
         pin_memory=pin_memory,
         multiprocessing_context="fork" if workers else None,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=ignore_stop_signals,
     )

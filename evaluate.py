@@ -19,11 +19,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from config import MASK_PRESETS, EvalConfig, MaskConfig, TrainConfig, parse, run
-from datasets import IGNORED, THESIS_DATASETS, Benchmark, load_benchmark
+from datasets import IGNORED, THESIS_DATASETS, Benchmark, load_benchmark, read_ahead
 from model import CoDe
 from segmenter import Segmenter, background_threshold, load_method
+from support.device import choose_device
 from support.distributed import (
-    choose_device,
+    first_process_first,
     process_count,
     process_rank,
     start_processes,
@@ -79,8 +80,7 @@ def evaluate(segmenter: Segmenter, benchmark: Benchmark, config: EvalConfig) -> 
     iou = IoU(len(benchmark.class_names))
     mine = range(rank, count, process_count())
     bar = tqdm(mine, f"{benchmark.name} ({settings.method})", disable=rank > 0, file=sys.stderr)
-    for i in bar:
-        image, label = benchmark.image(i), benchmark.label(i)
+    for i, (image, label) in zip(bar, read_ahead(benchmark, mine)):
         predicted = segmenter.label_map(image, benchmark.background).cpu().numpy()
         iou.add(predicted, label)
         bar.set_postfix(mIoU=f"{iou.mean():.2f}", refresh=False)
@@ -151,13 +151,14 @@ def main() -> None:
     names = THESIS_DATASETS if config.dataset == "all" else [config.dataset]
     benchmarks = [load_benchmark(name, config.root) for name in names]
     device = choose_device(settings.device)
-    start_processes(device)
+    start_processes(device, config.timeout)
     trained = Path(TrainConfig().out, "last.pt")
     if settings.checkpoint is None and settings.method == "code" and trained.exists():
         settings.checkpoint = str(trained)
         if process_rank() == 0:
             print(f"no --checkpoint given: {trained}, where train.py writes", flush=True)
-    clip, model = load_method(settings, device)
+    with first_process_first():  # which fetches CLIP's weights
+        clip, model = load_method(settings, device)
     results = []
     for benchmark in benchmarks:
         segmenter = make_segmenter(clip, model, benchmark, settings)

@@ -21,10 +21,7 @@ def symmetric_cross_entropy(logits: Tensor) -> Tensor:
 
 
 def info_nce(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    """Eq. 3.7: symmetric InfoNCE over all T triplets, of unit vectors a, b (T, C).
-
-    scale: 1 / tau of that contrast.
-    """
+    """Eq. 3.7: symmetric InfoNCE over T triplets, of unit vectors a, b (T, C); scale: 1 / tau."""
     return symmetric_cross_entropy(scale * a @ b.T)
 
 
@@ -56,8 +53,8 @@ def total_variation(x: Tensor) -> Tensor:
 def region_statistics(x_v: Tensor, masks: Tensor, nouns: Tensor) -> tuple[Tensor, ...]:
     """All that L_seg^v needs of each image, small enough to travel between processes.
 
-    x_v: (b, H, W, C); masks: soft, (b, T, H, W); nouns: (T, C). Returns cos(f_ij, n_j) and the mean
-    of every mask, (b, T) each, and the total variation of x^v and of the masks, (b,) each.
+    As for `region_cosines`. Returns these cosines and the mean of every mask, (b, T) each, and the
+    total variation of x^v and of the masks, (b,) each.
     """
     cosines, areas = region_cosines(x_v, masks, nouns), masks.mean((-2, -1))
     return cosines, areas, total_variation(x_v.movedim(-1, 1)), total_variation(masks)
@@ -81,8 +78,7 @@ def area_losses(areas: Tensor, prior: float) -> tuple[Tensor, Tensor]:
 def pseudo_labels(word_logits: Tensor, eot: Tensor) -> Tensor:
     """Section 3.2: the label of a word is the likeliest of its J + 1 classes.
 
-    word_logits: (b, J + 1, L), "none" first. SOS, EOT and padding get -1 (no label). Returns
-    (b, L) int64.
+    word_logits: (b, J + 1, L), "none" first. Returns (b, L): -1 at SOS, EOT and padding.
     """
     position = torch.arange(word_logits.shape[-1], device=eot.device)
     word = (position > 0) & (position < eot[:, None])

@@ -16,11 +16,13 @@ from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 
 from clip import (
+    cosines,
     embed_texts,
     end_of_text,
     image_embedding,
     maskclip_block,
     noun_prompts,
+    project,
     text_embedding,
     text_hidden,
     tokenize,
@@ -95,7 +97,7 @@ class ImageSegmenter(nn.Module):
         x = maskclip_block(self.block, hidden[:, 1:]).unflatten(1, patches).movedim(-1, 1)
         for block in self.upsampling:
             x = block(x)  # (b, width, H, W)
-        return F.normalize(self.ln_post(x.movedim(1, -1)) @ self.proj, dim=-1, eps=1e-6)
+        return project(self.ln_post(x.movedim(1, -1)), self.proj)
 
     def mask_logits(self, x_v: Tensor, nouns: Tensor) -> Tensor:
         """w s + b, s = x^v . n, whose sigmoid is the soft mask: (b, H, W, C) -> (b, N, H, W).
@@ -103,8 +105,7 @@ class ImageSegmenter(nn.Module):
         nouns: the same for all images, (N, C), or each image's own, (b, N, C).
         """
         nouns = nouns.expand(len(x_v), *nouns.shape[-2:])
-        similarity = torch.einsum("bhwc,bnc->bnhw", x_v, nouns)
-        return self.mask_scale * similarity + self.mask_bias
+        return self.mask_scale * cosines("bhwc,bnc->bnhw", x_v, nouns) + self.mask_bias
 
 
 def hard_mask(logits: Tensor, noise: Tensor | None) -> Tensor:
@@ -125,13 +126,14 @@ class TextSegmenter(nn.Module):
     """F^t (section 3.2): word-wise features x^t, and w and b of the word logits.
 
     Two learned residual blocks on the frozen text tower's last hidden states. Unlike the tower they
-    look both ways, and at the caption's own tokens only, from SOS to EOT.
+    look both ways, and at the caption's own tokens only, from SOS to EOT (the release: at all 77).
     """
 
     def __init__(self, clip: open_clip.CLIP, config: ModelConfig):
         super().__init__()
         width = clip.token_embedding.embedding_dim
         heads = clip.transformer.resblocks[0].attn.num_heads
+        self.attends_to_all = config.text_attention == "all"
         self.blocks = nn.ModuleList(
             ResidualAttentionBlock(width, heads, act_layer=QuickGELU)
             for _ in range(config.text_layers)
@@ -142,7 +144,7 @@ class TextSegmenter(nn.Module):
     def forward(self, hidden: Tensor, eot: Tensor) -> Tensor:
         """x^t from `clip.text_hidden`: (b, L, C_t), (b,) -> (b, L, C), normalised."""
         position = torch.arange(hidden.shape[1], device=eot.device)
-        mask = (position <= eot[:, None])[:, None, None]  # (b, 1, 1, L)
+        mask = (position <= eot[:, None])[:, None, None] | self.attends_to_all  # (b, 1, 1, L)
         for block in self.blocks:
             hidden = transformer_block(block, hidden, mask)
         return F.normalize(hidden, dim=-1, eps=1e-6)
@@ -152,7 +154,7 @@ class TextSegmenter(nn.Module):
 
         x_t: (b, L, C); nouns: the J nouns of every caption, (J, b, C). Returns (b, J + 1, L).
         """
-        logits = self.word_scale * torch.einsum("blc,jbc->bjl", x_t, nouns) + self.word_bias
+        logits = self.word_scale * cosines("blc,jbc->bjl", x_t, nouns) + self.word_bias
         return F.pad(logits, (0, 0, 1, 0))
 
 
@@ -223,10 +225,10 @@ class CoDe(nn.Module):
         for name in ("image", "region", "hcl") if config.co_decomposition else ("image", "region"):
             setattr(self, f"{name}_log_scale", nn.Parameter(torch.tensor(1 / 0.07).log()))
         # P^v and P^t start as zeros; where an ablation does not learn them, they stay so.
-        learned = config.co_decomposition and config.region_prompt
-        self.region_prompt = learned_or_constant(torch.zeros(3, *size), learned)
-        learned = self.decomposes_text and config.word_prompt
-        self.word_prompt = learned_or_constant(torch.zeros(77, width), learned)
+        p_v, learned = torch.zeros(3, *size), config.co_decomposition and config.region_prompt
+        self.region_prompt = nn.Parameter(p_v) if learned else nn.Buffer(p_v, persistent=False)
+        p_t, learned = torch.zeros(77, width), self.decomposes_text and config.word_prompt
+        self.word_prompt = nn.Parameter(p_t) if learned else nn.Buffer(p_t, persistent=False)
 
     @property
     def decomposes_text(self) -> bool:
@@ -252,6 +254,15 @@ class CoDe(nn.Module):
         embeddings = torch.cat([embeddings[:, :1], context.to(after.dtype), after], dim=1)
         return text_embedding(self.clip, embeddings, end_of_text(tokens))
 
+    def word_features(self, tokens: Tensor) -> Tensor:
+        """x^t of captions: (b, L) -> (b, L, C), normalised."""
+        length, positions = tokens.shape[1], len(self.word_prompt)
+        if self.text_segmenter.attends_to_all:
+            tokens = F.pad(tokens, (0, positions - length))
+        with torch.no_grad():
+            hidden = text_hidden(self.clip, self.clip.token_embedding(tokens))
+        return self.text_segmenter(hidden, end_of_text(tokens))[:, :length]
+
     def forward(self, batch, noise: Tensor | None = None) -> Decomposition:
         """Decompose b pairs (a `data.Batch`) into regions and word segments.
 
@@ -261,33 +272,30 @@ class CoDe(nn.Module):
         clip, images = self.clip, batch.images  # (b, 3, S, S)
         with torch.no_grad():  # what only the frozen CLIP has to say
             n_knowledge = embed_texts(clip, batch.knowledge_tokens)
-            visual = visual_hidden(clip, images)
-            words = clip.token_embedding(batch.caption_tokens)  # X^t (b, L, C_t)
-            textual = text_hidden(clip, words)
-        eot = end_of_text(batch.caption_tokens)
-
+            hidden = visual_hidden(clip, images)
         n = self.noun_embedding(batch.noun_tokens).unflatten(0, (-1, len(images)))  # (J, b, C)
         n_knowledge = n_knowledge.view_as(n)
         nouns = gather_triplets(n)  # (T, C)
 
         # 3.2: region masks, of these images under the nouns of all and, to highlight, their own.
-        x_v = self.image_segmenter(visual, tuple(images.shape[-2:]))  # (b, H, W, C)
+        x_v = self.image_segmenter(hidden, tuple(images.shape[-2:]))  # (b, H, W, C)
         masks = self.image_segmenter.mask_logits(x_v, nouns).sigmoid()  # (b, T, H, W)
         own = self.image_segmenter.mask_logits(x_v, n.transpose(0, 1)).transpose(0, 1)
         m_v = hard_mask(own, noise)  # M^v (J, b, H, W)
 
         h_v = highlight_image(images, m_v, self.region_prompt)  # Eq. 3.4: (J, b, 3, S, S)
         e_v = image_embedding(clip, h_v.flatten(0, 1)).view_as(n)  # Eq. 3.6
-        d = Decomposition(nouns, n_knowledge, x_v, masks.to(x_v.dtype), e_v)
+        d = Decomposition(nouns, n_knowledge, x_v, masks, e_v)
         if not self.decomposes_text:
             d.e_t = n if self.config.co_decomposition else None
             return d
 
         # 3.2: word masks, of these captions under their own nouns.
-        x_t = self.text_segmenter(textual, eot)  # (b, L, C)
+        x_t = self.word_features(batch.caption_tokens)  # (b, L, C)
         d.word_logits = self.text_segmenter.word_logits(x_t, n)  # Eq. 3.2: (b, J + 1, L)
         m_t = word_mask(d.word_logits).transpose(0, 1)  # Eq. 3.3: (J, b, L)
 
+        words, eot = clip.token_embedding(batch.caption_tokens), end_of_text(batch.caption_tokens)
         h_t = highlight_text(words, m_t, self.word_prompt, eot)  # Eq. 3.5: (J, b, L, C_t)
         d.e_t = text_embedding(clip, h_t.flatten(0, 1), eot.repeat(len(n))).view_as(n)  # Eq. 3.6
         return d
@@ -297,8 +305,3 @@ class CoDe(nn.Module):
         """n_c of class names, for evaluation: (N, C)."""
         tokens = noun_prompts(names, len(self.context)).to(self.context.device)
         return torch.cat([self.noun_embedding(chunk) for chunk in tokens.split(64)])
-
-
-def learned_or_constant(x: Tensor, learned: bool) -> Tensor:
-    """A parameter, or a constant that no checkpoint holds."""
-    return nn.Parameter(x) if learned else nn.Buffer(x, persistent=False)

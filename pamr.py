@@ -8,6 +8,7 @@ the rows of its neighbours, computed without ever forming the neighbours of ever
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,8 @@ from torch import Tensor
 _AROUND = [(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)]
 
 
-def neighbours(height: int, width: int, dilations: Sequence[int], device: torch.device) -> Tensor:
+@lru_cache(maxsize=4)  # the same for all windows of a size
+def neighbours(height: int, width: int, dilations: tuple[int, ...], device: torch.device) -> Tensor:
     """Flat index of every pixel's neighbours, borders replicated: (H*W, 8 * len(dilations)) int32.
 
     The walk reads it as often as the weights: half as many bytes as int64 is almost twice as fast.
@@ -64,7 +66,7 @@ def pamr(
     """
     height, width = masks.shape[-2:]
     image = F.interpolate(image.float(), (height, width), mode="bilinear", align_corners=True)
-    index = neighbours(height, width, dilations, masks.device)
+    index = neighbours(height, width, tuple(dilations), masks.device)
     refined = []
     for pixels, mask in zip(image, masks.float().flatten(2)):  # (3, H, W) and (N, H*W)
         weights = affinity(pixels, index, dilations)

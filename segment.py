@@ -31,7 +31,6 @@ from clip import (
     SHAPES_ARCHITECTURE,
     end_of_text,
     noun_prompts,
-    text_hidden,
     tokenize,
 )
 from config import MASK_PRESETS, MaskConfig, UserError, option, parse, run
@@ -39,7 +38,7 @@ from data import nltk_tagger, select_nouns, shapes_tagger
 from model import CoDe, word_mask
 from segmenter import Segmenter, arg_max, background_threshold, load_method, with_background
 from sources import IMAGE_SUFFIXES, BadSample, read_image
-from support.distributed import choose_device
+from support.device import choose_device
 from support.draw import below, coloured_text, heat, indexed, legend, overlay, palette, save_png
 from support.files import refuse_folder, save_text, whole_file
 
@@ -141,9 +140,7 @@ def word_masks(model: CoDe, caption: str, nouns: Sequence[str]) -> np.ndarray:
     device = model.context.device
     start, end = tokenize([""])[0].tolist()
     tokens = torch.tensor([[start, *(t for piece in pieces for t in piece), end]], device=device)
-    eot = end_of_text(tokens)
-    hidden = text_hidden(model.clip, model.clip.token_embedding(tokens))
-    x_t = model.text_segmenter(hidden, eot)
+    x_t = model.word_features(tokens)
     n = model.noun_embedding(noun_prompts(nouns, len(model.context)).to(device))[:, None]
     masks = word_mask(model.text_segmenter.word_logits(x_t, n))[0, :, 1:-1]  # (J, tokens)
     parts = masks.cpu().split([len(piece) for piece in pieces], dim=1)

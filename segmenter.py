@@ -17,6 +17,7 @@ from clip import (
     IMAGE_MEAN,
     IMAGE_STD,
     PRIOR_TEMPLATES,
+    cosines,
     dense_embedding,
     load_clip,
     template_embedding,
@@ -25,6 +26,7 @@ from clip import (
 from config import MaskConfig, ModelConfig, UserError
 from model import CoDe
 from pamr import pamr
+from support.device import autocast, choose_precision
 
 
 class Segmenter:
@@ -38,6 +40,7 @@ class Segmenter:
     ):
         self.clip, self.model, self.config = clip, model, config
         self.device = clip.text_projection.device
+        self.precision = choose_precision(config.precision, self.device)
         self.patch = clip.visual.patch_size[0]
         self.cells_per_patch = (model.config if model else ModelConfig()).cells_per_patch
         self.mean, self.std = (
@@ -62,14 +65,14 @@ class Segmenter:
         size = tuple(images.shape[-2:])
         grid = tuple(self.cells_per_patch * side // self.patch for side in size)
 
-        hidden = visual_hidden(self.clip, images)
-        prior = None
-        if self.model is None or config.prior_weight > 0:
-            prior = self.prior_masks(hidden, size, grid)
-        masks = prior
-        if self.model is not None:
-            x_v = self.model.image_segmenter(hidden, size)
-            masks = self.model.image_segmenter.mask_logits(x_v, self.class_embedding).sigmoid()
+        masks = prior = None
+        with autocast(self.device, self.precision):
+            hidden = visual_hidden(self.clip, images)
+            if self.model is None or config.prior_weight > 0:
+                masks = prior = self.prior_masks(hidden, size, grid)
+            if self.model is not None:
+                x_v = self.model.image_segmenter(hidden, size)
+                masks = self.model.image_segmenter.mask_logits(x_v, self.class_embedding).sigmoid()
         if config.pamr:
             masks = pamr(images, masks, config.pamr_iterations, config.pamr_dilations)
         if self.model is not None and prior is not None:
@@ -83,8 +86,8 @@ class Segmenter:
         """The prior branch: sigmoid(w (s - b)), s the cosine of MaskCLIP's dense features and the
         words in templates, resized from the patches: (B, N, *grid)."""
         patches = tuple(side // self.patch for side in image_size)
-        similarity = dense_embedding(self.clip, hidden) @ self.prior_embedding.T  # (B, h*w, N)
-        similarity = similarity.transpose(1, 2).unflatten(2, patches)
+        dense = dense_embedding(self.clip, hidden)  # (B, h*w, C)
+        similarity = cosines("bpc,nc->bnp", dense, self.prior_embedding).unflatten(2, patches)
         prior = (self.config.prior_scale * (similarity - self.config.prior_bias)).sigmoid()
         return F.interpolate(prior, grid, mode="bilinear", align_corners=False)
 

@@ -1,18 +1,18 @@
 """Where pairs of image and text come from: a folder, webdataset shards, the shapes world.
 
-Every source has `order(seed, epoch, reader, readers)`: what one of many readers reads in one epoch,
-a shuffled share of the whole that no other reader has, the same for the same arguments. Its items
-are cheap; `read(item, rng)` gives the image and the caption of one. What cannot be used is a
-BadSample, raised by `read` or found among the items.
+Every source has `order(seed, epoch, reader, readers, offset)`: what one of many readers reads in
+one epoch from an offset on, a shuffled share of the whole that no other reader has, the same for
+the same arguments. It gives pairs of the offset behind an item and the item; START is the offset of
+the first one; `names` are those of its files. Items are cheap; `read(item, rng)` gives the image
+and the caption of one. What cannot be used is a BadSample, raised by `read` or among the items.
 
 Shards are read with the standard library's tarfile: it finds a sample's offset without reading the
-sample, so that shuffling and resuming inside an epoch cost headers only; webdataset cannot resume
-inside an epoch.
+sample, so that shuffling a shard and resuming in the middle of it cost headers only; webdataset
+cannot resume inside an epoch.
 """
 
 import glob
 import io
-import itertools
 import os
 import re
 import tarfile
@@ -36,8 +36,18 @@ class BadSample(Exception):
     """A pair that cannot be trained on; the message is the cause it is counted under."""
 
 
+def share(
+    count: int, seed: tuple[int, ...], reader: int, readers: int, first: int
+) -> Iterator[tuple[int, int]]:
+    """A reader's share of `count` shuffled items from the first-th on: its next offset and item."""
+    mine = np.random.default_rng(seed).permutation(count)[reader::readers]
+    return enumerate(mine[first:].tolist(), start=first + 1)
+
+
 class Folder:
     """Images (JPEG, PNG, WebP) with captions in .txt files of the same name, at any depth."""
+
+    START = (0,)
 
     def __init__(self, root: str):
         if not Path(root).is_dir():
@@ -51,10 +61,13 @@ class Folder:
                 f"--pairs {root}: none of its {len(found)} images (.jpg, .png, .webp) has a "
                 "caption in a .txt file of the same name"
             )
+        self.names = [path.relative_to(root).as_posix() for path in self.paths]
 
-    def order(self, seed: int, epoch: int, reader: int, readers: int) -> Iterator[Path]:
-        shuffled = np.random.default_rng((seed, epoch)).permutation(len(self.paths))
-        return (self.paths[i] for i in shuffled[reader::readers])
+    def order(
+        self, seed: int, epoch: int, reader: int, readers: int, offset: Sequence[int]
+    ) -> Iterator[tuple[tuple[int], Path]]:
+        for after, i in share(len(self.paths), (seed, epoch), reader, readers, offset[0]):
+            yield (after,), self.paths[i]
 
     def read(self, item: Path, rng: np.random.Generator) -> tuple[Image.Image, str]:
         try:
@@ -67,12 +80,17 @@ class Folder:
 class ShapesWorld:
     """Scenes of the built-in world; a scene is drawn once and described anew every time."""
 
+    START = (0,)
+
     def __init__(self, count: int, split: str = "train"):
-        self.count = count
+        self.count, self.names = count, [split, str(count)]
         self.scene = lru_cache(maxsize=None)(lambda index: shapes.scene(split, index))
 
-    def order(self, seed: int, epoch: int, reader: int, readers: int) -> Iterator[int]:
-        return iter(np.random.default_rng((seed, epoch)).permutation(self.count)[reader::readers])
+    def order(
+        self, seed: int, epoch: int, reader: int, readers: int, offset: Sequence[int]
+    ) -> Iterator[tuple[tuple[int], int]]:
+        for after, i in share(self.count, (seed, epoch), reader, readers, offset[0]):
+            yield (after,), i
 
     def read(self, item: int, rng: np.random.Generator) -> tuple[Image.Image, str]:
         scene = self.scene(int(item))
@@ -82,10 +100,12 @@ class ShapesWorld:
 class Shards:
     """img2dataset's webdataset tars: KEY.jpg|png|jpeg|webp and KEY.txt, other members ignored.
 
-    patterns: paths with braces ({000..331}, numbers with leading zeros) and globs (* ? []).
+    patterns: paths with braces ({000..331}, numbers with leading zeros) and globs (* ? []). Shards
+    are read in shuffled order, and the samples of each. An offset is the number of a shard and of a
+    sample in it: whoever goes on there reads the headers of one shard.
     """
 
-    BUFFER = 2000  # samples that are shuffled together, beyond the shuffle of the shards
+    START = (0, 0)
 
     def __init__(self, patterns: Sequence[str]):
         expanded = [path for pattern in patterns for path in expand_braces(pattern)]
@@ -97,23 +117,22 @@ class Shards:
                 f"no shard of CC3M + CC12M found (looked for --shards {' '.join(patterns)}); "
                 "--pairs DIR trains on images and captions, --preset shapes needs no data at all"
             )
+        self.names = [Path(path).name for path in self.paths]
 
-    def order(self, seed: int, epoch: int, reader: int, readers: int) -> Iterator:
-        rng = np.random.default_rng((seed, epoch))
-        shards = [self.paths[i] for i in rng.permutation(len(self.paths))]
-        if len(shards) >= readers:
-            items = itertools.chain.from_iterable(map(index_shard, shards[reader::readers]))
-        else:  # too few to share out: every reader takes every so manieth sample of all of them
-            every = itertools.chain.from_iterable(map(index_shard, shards))
-            items = itertools.islice(every, reader, None, readers)
-        rng = np.random.default_rng((seed, epoch, reader))
-        buffer: list = []
-        for item in items:
-            buffer.append(item)
-            if len(buffer) == self.BUFFER:
-                yield _pop(buffer, rng)
-        while buffer:
-            yield _pop(buffer, rng)
+    def order(
+        self, seed: int, epoch: int, reader: int, readers: int, offset: Sequence[int]
+    ) -> Iterator:
+        order = np.random.default_rng((seed, epoch)).permutation(len(self.paths))
+        few = len(order) < readers  # then every reader takes its share of every shard
+        shards = order if few else order[reader::readers]
+        one_of = (reader, readers) if few else (0, 1)
+        # A checkpoint of an earlier version counted samples: that epoch is read again.
+        shard, first = offset if len(offset) == 2 else self.START
+        for number in range(shard, len(shards)):
+            samples = list(index_shard(self.paths[shards[number]]))
+            for after, i in share(len(samples), (seed, epoch, number), *one_of, first):
+                yield (number, after), samples[i]
+            first = 0
 
     def read(self, item: "ShardItem", rng: np.random.Generator) -> tuple[Image.Image, str]:
         try:
@@ -149,13 +168,6 @@ class ShardItem:
     path: str
     image: tuple[int, int]
     caption: tuple[int, int]
-
-
-def _pop(buffer: list, rng: np.random.Generator):
-    """Take a random item out of a list, in constant time."""
-    i = int(rng.integers(len(buffer)))
-    buffer[i], buffer[-1] = buffer[-1], buffer[i]
-    return buffer.pop()
 
 
 def expand_braces(pattern: str) -> list[str]:

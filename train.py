@@ -8,8 +8,8 @@ Examples:
 
 import json
 import math
-import signal
 import time
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,15 +38,17 @@ from evaluate import evaluate, make_segmenter
 from losses import code_losses, pseudo_labels, region_statistics, word_statistics
 from model import CoDe, Decomposition
 from sources import open_source
+from support.device import autocast, choose_device, choose_precision, make_scaler
 from support.distributed import (
     all_gather,
     any_process,
-    choose_device,
+    first_process_first,
     gather_triplets,
     process_count,
     process_rank,
     start_processes,
     stop_processes,
+    stop_signals,
 )
 from support.files import save_text
 from support.log import Log
@@ -76,14 +78,6 @@ def make_optimizer(model: CoDe, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         groups, lr=config.lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, fused=fused
     )
-
-
-def make_scaler(device: torch.device, scaled: bool) -> torch.amp.GradScaler:
-    """Loss scaling for float16. Elsewhere a scale that starts at 1 and never grows, for what else
-    the scaler does: an update with a gradient that is not finite is left out."""
-    if scaled:
-        return torch.amp.GradScaler(device.type)
-    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
 
 
 def logistic_noise(
@@ -138,12 +132,14 @@ def evaluate_model(model: CoDe, config: TrainConfig) -> float:
 # --- the run --------------------------------------------------------------------------------------
 
 
-def check_options(config: TrainConfig, loss_config: LossConfig) -> None:
+def check_options(config: TrainConfig, model_config: ModelConfig, loss_config: LossConfig) -> None:
     """What the dataclasses cannot say. Raises UserError."""
     if config.preset not in TRAIN_PRESETS:
         raise UserError(f"--preset {config.preset}: not one of {', '.join(TRAIN_PRESETS)}")
     if loss_config.pseudo_labels not in ("thesis", "release"):
         raise UserError(f"--pseudo-labels {loss_config.pseudo_labels}: 'thesis' or 'release'")
+    if model_config.text_attention not in ("words", "all"):
+        raise UserError(f"--text-attention {model_config.text_attention}: 'words' or 'all'")
     sources = {"--pairs": config.pairs, "--preset shapes": config.preset == "shapes"}
     sources["--shards"] = config.shards != TrainConfig().shards
     if len(asked := [name for name, given in sources.items() if given]) > 1:
@@ -169,24 +165,24 @@ def main() -> None:
     config, model_config, loss_config = parse(
         __doc__, TrainConfig, ModelConfig, LossConfig, presets=TRAIN_PRESETS
     )
+    stopping = stop_signals()
     device = choose_device(config.device)
-    start_processes(device)
-    check_options(config, loss_config)
+    start_processes(device, config.timeout)
+    check_options(config, model_config, loss_config)
+    precision = choose_precision(config.precision, device)
     source = open_source(config)
-    tagger = shapes_tagger() if config.preset == "shapes" else nltk_tagger()
+    with first_process_first():  # which fetches NLTK's data and CLIP's weights
+        tagger = shapes_tagger() if config.preset == "shapes" else nltk_tagger()
+        clip = load_clip(model_config.clip, model_config.clip_weights)
 
     torch.manual_seed(config.seed)
-    model = CoDe(load_clip(model_config.clip, model_config.clip_weights), model_config).to(device)
+    model = CoDe(clip, model_config).to(device)
     optimizer = make_optimizer(model, config)
-    # bfloat16 where the GPU has it, float16 with loss scaling on older ones, float32 on CPU.
-    on_gpu = device.type == "cuda"
-    half = torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float16
-    autocast = torch.autocast(device.type, half, enabled=on_gpu)
-    scaler = make_scaler(device, scaled=on_gpu and half is torch.float16)
-    progress = Progress()
+    scaler = make_scaler(device, scaled=precision == torch.float16)
+    progress = Progress(data=zlib.crc32("\n".join(source.names).encode()))
     if config.resume:
         last = Path(config.out, "last.pt")
-        progress = resume_run(last, model, optimizer, scaler, config, loss_config)
+        resume_run(last, model, optimizer, scaler, progress, config, loss_config)
     stream = PairStream(
         source,
         tagger,
@@ -206,8 +202,9 @@ def main() -> None:
         configs = {"train": config, "model": model_config, "loss": loss_config}
         configs = {name: asdict(value) for name, value in configs.items()}
         save_text(json.dumps(configs, indent=1), Path(config.out, "config.json"))
-    loader = make_loader(stream, config.workers, pin_memory=on_gpu)
-    train(model, optimizer, scaler, autocast, loader, progress, config, loss_config)
+    loader = make_loader(stream, config.workers, pin_memory=device.type == "cuda")
+    amp = autocast(device, precision)
+    train(model, optimizer, scaler, amp, loader, progress, stopping, config, loss_config)
     stop_processes()
 
 
@@ -215,18 +212,14 @@ def train(
     model: CoDe,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    autocast: torch.autocast,
+    amp: torch.autocast,
     loader: DataLoader,
     progress: Progress,
+    stopping: list[float],
     config: TrainConfig,
     loss_config: LossConfig,
 ) -> None:
-    """The loop of section 3.5, from `progress` to the last step or until it is asked to stop."""
-    # Clusters preempt with SIGTERM: finish the step, save, and leave in good order.
-    stopping: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stopping.append(number))
-
+    """The loop of section 3.5, from `progress` to the last step or until a signal asks to stop."""
     out, device, batches = Path(config.out), model.context.device, iter(loader)
     unfreeze_step = round(config.unfreeze * config.steps)
     grid = tuple(model.config.cells_per_patch * side for side in model.clip.visual.grid_size)
@@ -256,7 +249,7 @@ def train(
         batch = batch.to(device)
 
         noise = logistic_noise(config.nouns, pairs, grid, config.seed, progress.step, device)
-        with autocast:
+        with amp:
             decomposition = ddp(batch, noise)
         terms = global_losses(decomposition, model, batch, loss_config)
         optimizer.zero_grad(set_to_none=True)
@@ -265,13 +258,11 @@ def train(
         norm = nn.utils.clip_grad_norm_(learned, config.max_grad_norm)
         scaler.step(optimizer)  # leaves the weights alone if a gradient is not finite
         scaler.update()
-        log.record(terms)
+        log.record(terms, norm)
         progress.step += 1
 
-        last = progress.step == config.steps
-        log_now = progress.step % config.log_every == 0 or last
-        stop = any_process(bool(stopping), device) if log_now or process_count() == 1 else False
-        if log_now or stop:
+        last, stop = progress.step == config.steps, any_process(bool(stopping))
+        if progress.step % config.log_every == 0 or last or stop:
             more = {"grad_norm": norm, "mask_area": decomposition.masks.mean()}
             more |= {f"{k}_temperature": 1 / scale for k, scale in model.logit_scales().items()}
             log.write(progress.step, rate, terms, more)

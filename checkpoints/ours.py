@@ -3,7 +3,7 @@
 import os
 import pickle
 import zlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +105,9 @@ class Progress:
 
     step: int = 0
     best: float = -1.0  # the highest mIoU of its evaluations
-    offsets: dict[int, tuple[int, int]] = field(default_factory=dict)  # reader: epoch and offset
+    offsets: dict[int, tuple[int, ...]] = field(default_factory=dict)  # reader: epoch, offset
     next_worker: int = 0  # which loader worker delivers the next batch
+    data: int = 0  # checksum of the file names of its data, wherever these lie
 
 
 def save_run(
@@ -146,9 +147,10 @@ def resume_run(
     model: CoDe,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    progress: Progress,
     config: TrainConfig,
     loss_config: LossConfig,
-) -> Progress:
+) -> None:
     """Load a run to go on with. Raises UserError naming the fields in which it was another one.
 
     With other readers than before (more or fewer processes or workers) the shares of the data are
@@ -159,15 +161,20 @@ def resume_run(
         raise UserError(f"--resume: {path} is a model, not a run that can go on")
     for before, now in (("places", "offsets"), ("turn", "next_worker")):  # earlier names
         content.setdefault(now, content.get(before))
-    free = ("out", "device", "workers", "log_every", "checkpoint_every", "resume")
+    free = ("out", "device", "workers", "log_every", "checkpoint_every", "resume", "timeout")
     free += ("tensorboard", "eval_dataset", "eval_root", "eval_every", "eval_limit")
+    free += ("pairs", "shards")  # may have moved
     given = {"train_config": config, "model_config": model.config, "loss_config": loss_config}
     differing = [
-        f"{name} was {content[part].get(name)}, is {value}"
+        f"{name} was {before}, is {value}"
         for part, now in given.items()
         for name, value in asdict(now).items()
-        if name not in free and content[part].get(name) != value
+        # An earlier version that lacked a field did what is now its default.
+        if (before := content[part].get(name, getattr(type(now), name))) != value
+        and name not in free
     ]
+    if content.get("data", progress.data) != progress.data:
+        differing.append("the data has other files")
     if differing:
         raise UserError(f"--resume: {path} is of another configuration: {'; '.join(differing)}")
     check_clip(content, model, path)
@@ -175,13 +182,13 @@ def resume_run(
     optimizer.load_state_dict(content["optimizer"])
     scaler.load_state_dict(content["scaler"])
 
-    progress = Progress(**{f.name: content[f.name] for f in fields(Progress)})
+    for name in ("step", "best", "offsets", "next_worker"):
+        setattr(progress, name, content[name])
     before = content["processes"] * max(1, content["train_config"]["workers"])
     if before != (readers := process_count() * max(1, config.workers)):
-        latest = max((epoch for epoch, _ in progress.offsets.values()), default=-1)
-        progress.offsets = {reader: (latest + 1, 0) for reader in range(readers)}
+        latest = max((epoch for epoch, *_ in progress.offsets.values()), default=-1)
+        progress.offsets = {reader: (latest + 1,) for reader in range(readers)}
         progress.next_worker = 0
         if process_rank() == 0:
             now = f"{process_count()} now, or other workers"
             print(f"{content['processes']} processes before, {now}: next epoch of the data")
-    return progress

@@ -192,6 +192,7 @@ def rebuild_released(state: dict[str, torch.Tensor], path: str | Path) -> CoDe:
         convs_per_block=count(r"image_segmenter\.upsampling\.\d+\.gates\.(\d+)", learned),
         text_layers=count(r"text_segmenter\.blocks\.(\d+)\.", learned),
         co_decomposition=not tcl,
+        text_attention="all",
     )
     model = CoDe(clip.eval().requires_grad_(False), config)
     if tcl:

@@ -1,7 +1,9 @@
 """Benchmarks. Each module of this folder has `load(root) -> Benchmark`."""
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +47,18 @@ def load_benchmark(name: str, root: str) -> Benchmark:
     if name not in DATASETS:
         raise UserError(f"--dataset {name}: not one of {', '.join(DATASETS)}")
     return importlib.import_module(f"datasets.{name}").load(root)
+
+
+def read_ahead(benchmark: Benchmark, indices: Sequence[int]) -> Iterator:
+    """Images and labels in order, decoded by threads while the images before are segmented."""
+    with ThreadPoolExecutor(2) as pool:
+        waiting: deque = deque()
+        for i in indices:
+            waiting.append((pool.submit(benchmark.image, i), pool.submit(benchmark.label, i)))
+            if len(waiting) > 4:
+                yield tuple(future.result() for future in waiting.popleft())
+        while waiting:
+            yield tuple(future.result() for future in waiting.popleft())
 
 
 def colours() -> list[int]:

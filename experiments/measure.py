@@ -17,7 +17,6 @@ from clip import (
     noun_prompts,
     template_embedding,
     text_embedding,
-    text_hidden,
     tokenize,
 )
 from config import MASK_PRESETS, MaskConfig
@@ -85,9 +84,8 @@ def word_assignment_accuracy(model: CoDe, scenes: int) -> dict[str, float]:
             continue
         asked = [asked[k] for k in np.random.default_rng(i).permutation(len(asked))[:2]]
         tokens = tokenize([" ".join(words)])  # every word of this world is one token
-        hidden = text_hidden(model.clip, model.clip.token_embedding(tokens))
+        x_t = model.word_features(tokens)
         n = model.noun_embedding(noun_prompts(asked, len(model.context)))[:, None]
-        x_t = model.text_segmenter(hidden, end_of_text(tokens))
         classes = model.text_segmenter.word_logits(x_t, n)[0].argmax(0)
         for word, noun, found_class in zip(words, nouns_of_words(words), classes[1:-1].tolist()):
             if noun in asked:

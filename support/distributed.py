@@ -1,33 +1,29 @@
-"""Processes: torchrun's ranks, this process's device, and gathering with gradients."""
+"""Processes: torchrun's ranks, gathering with gradients, and signals that ask to stop."""
 
+import contextlib
+import multiprocessing
 import os
+import signal
+import time
+from collections.abc import Iterator
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from config import UserError
 
+def start_processes(device: torch.device, timeout: int) -> None:
+    """Join the other processes if torchrun started this one.
 
-def choose_device(name: str) -> torch.device:
-    """The device of --device; "auto" is this process's GPU if there is one. Raises UserError."""
-    if name == "auto":
-        local = os.environ.get("LOCAL_RANK", "0")
-        name = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def start_processes(device: torch.device) -> None:
-    """Join the other processes if torchrun started this one."""
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    timeout: minutes that the processes wait for each other: for a slow first shard, a download, an
+    evaluation that one of them finishes later.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if "RANK" in os.environ:  # tensors on the CPU travel without waiting for the GPU
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout))
 
 
 def stop_processes() -> None:
@@ -43,13 +39,60 @@ def process_count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set in any process; the same answer in all of them."""
+def local_rank() -> int:
+    """Which of the processes on this machine it is: torchrun's LOCAL_RANK."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process; the same answer in all of them.
+
+    It travels by way of the CPU: reading it does not wait for the GPU.
+    """
     if process_count() == 1:
         return flag
-    value = torch.tensor(int(flag), device=device)
+    value = torch.tensor(int(flag))
     dist.all_reduce(value, dist.ReduceOp.MAX)
     return bool(value.item())
+
+
+@contextlib.contextmanager
+def first_process_first() -> Iterator[None]:
+    """What is inside runs in each machine's first process before it runs in the others there: it
+    downloads, they find what it has downloaded."""
+    if local_rank() > 0:
+        any_process(False)  # all meet here: the first ones come from below
+    try:
+        yield
+    finally:
+        if local_rank() == 0:
+            any_process(False)
+
+
+def stop_signals() -> list[float]:
+    """When this process received SIGTERM or SIGINT, from now on; a second one ends it at once.
+
+    Clusters preempt with SIGTERM. Whoever holds the list looks into it where it can stop in good
+    order. Within a second two signals are one: torchrun passes on what its group receives anyway.
+    """
+    received: list[float] = []
+
+    def receive(number: int, frame) -> None:
+        if received and time.monotonic() - received[0] > 1:
+            for child in multiprocessing.active_children():
+                child.kill()
+            os._exit(128 + number)
+        received.append(time.monotonic())
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, receive)
+    return received
+
+
+def ignore_stop_signals(worker: int = 0) -> None:
+    """For loader workers, which receive their process group's signals: the main process decides."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _AllGather(torch.autograd.Function):

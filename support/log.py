@@ -23,6 +23,7 @@ class Log:
 
     def __init__(self, out: Path, config: TrainConfig, step: int, writes: bool):
         self.path, self.config, self.writes = out / "log.jsonl", config, writes
+        out.mkdir(parents=True, exist_ok=True)
         if writes and self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]  # not one cut off by a kill
@@ -44,19 +45,26 @@ class Log:
             self.board = SummaryWriter(str(out))
         self.skipped: Counter[str] = Counter()  # bad pairs by cause, since the start or resuming
         self.waited = 0.0  # seconds without data since the last line
-        self.recent: list[Tensor] = []  # loss terms of the steps since the last line
+        self.recent: list[Tensor] = []  # loss terms and gradient norm of the steps since then
+        self.left_out = self.left_out_in_a_row = 0  # updates whose gradient was not finite
         self.start, self.step = time.perf_counter(), step
 
-    def record(self, terms: dict[str, Tensor]) -> None:
-        """A step's loss terms, left on the device: reading them would wait for all of its work."""
-        self.recent.append(torch.stack(list(terms.values())).detach())
+    def record(self, terms: dict[str, Tensor], norm: Tensor) -> None:
+        """A step's loss terms and gradient norm, left on the device: reading them would wait for
+        all of its work."""
+        self.recent.append(torch.stack([*terms.values(), norm]).detach())
 
     def check_finite(self, terms: dict[str, Tensor], step: int) -> None:
-        """Raises UserError naming the first step since the last line with a loss not finite."""
-        nonfinite = ~torch.isfinite(torch.stack(self.recent)).cpu()  # (steps, terms)
-        for row, before in zip(nonfinite, range(step - len(self.recent), step)):
-            if row.any():
-                names = ", ".join(name for name, bad in zip(terms, row) if bad)
+        """Count the updates since the last line that were left out because a gradient was not
+        finite. Raises UserError where a loss was not finite, or fifty updates in a row."""
+        nonfinite = ~torch.isfinite(torch.stack(self.recent)).cpu()  # (steps, terms + 1)
+        for (*losses, norm), before in zip(nonfinite, range(step - len(self.recent), step)):
+            self.left_out += bool(norm)
+            self.left_out_in_a_row = self.left_out_in_a_row + 1 if norm else 0
+            names = ", ".join(name for name, bad in zip(terms, losses) if bad)
+            if self.left_out_in_a_row == 50:
+                names = names or "the gradients of fifty steps in a row"
+            if names:
                 raise UserError(
                     f"step {before}: {names} not finite; the weights were not changed by it; "
                     f"--resume goes on from {self.path.parent}/last.pt if there is one"
@@ -79,6 +87,7 @@ class Log:
             "data_wait": self.waited / seconds,
             "memory_mb": memory_mb(terms["total"].device),
             "skipped": dict(self.skipped),
+            "updates_left_out": self.left_out,
         }
         if self.writes:
             with open(self.path, "a") as file:

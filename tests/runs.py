@@ -16,6 +16,7 @@ from config import MASK_PRESETS
 TINY = ("--preset", "shapes", "--batch-size", "4", "--log-every", "1", "--warmup", "0.2")
 
 
+SUMS = ("exp_avg", "exp_avg_sq")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "NLTK_DATA": str(NLTK_DATA)}
 
 
@@ -61,9 +62,15 @@ def log(out: Path) -> list[dict]:
 
 
 def same_state(a: Path, b: Path) -> bool:
+    """Weights and optimizer state bit for bit, step and offsets of two runs."""
     a, b = (read_checkpoint(path / "last.pt") for path in (a, b))
-    equal = all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
-    return equal and a["step"] == b["step"] and a["offsets"] == b["offsets"]
+    moments = [content["optimizer"]["state"] for content in (a, b)]
+    assert moments[0].keys() == moments[1].keys() and len(moments[0]) > 20
+    return (
+        all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+        and all(torch.equal(moments[0][i][k], moments[1][i][k]) for i in moments[0] for k in SUMS)
+        and (a["step"], a["offsets"]) == (b["step"], b["offsets"])
+    )
 
 
 # --- segment.py -----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from config import (
     option,
     parse,
 )
-from support.distributed import choose_device
+from support.device import choose_device
 
 
 @dataclass

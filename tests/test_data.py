@@ -186,8 +186,11 @@ class Counted:
     def __init__(self, count: int, bad: tuple = ()):
         self.count, self.bad, self.read_indices = count, bad, []
 
-    def order(self, seed, epoch, reader, readers):
-        return iter(np.random.default_rng((seed, epoch)).permutation(self.count)[reader::readers])
+    START = (0,)
+
+    def order(self, seed, epoch, reader, readers, offset):
+        for after, i in sources.share(self.count, (seed, epoch), reader, readers, *offset):
+            yield (after,), i
 
     def read(self, index, rng):
         self.read_indices.append(int(index))
@@ -269,7 +272,7 @@ def test_folder(tmp_path):
     for name in ("a", "b", "deep/c"):
         (tmp_path / f"{name}.txt").write_text(f"caption of {name}")
     folder = sources.Folder(str(tmp_path))
-    captions = [folder.read(item, None)[1] for item in folder.order(0, 0, 0, 1)]
+    captions = [folder.read(item, None)[1] for _, item in folder.order(0, 0, 0, 1, folder.START)]
     assert sorted(captions) == ["caption of a", "caption of b", "caption of deep/c"]
 
 

@@ -10,10 +10,12 @@ import torch.multiprocessing as mp
 from conftest import CPU, free_port, random_model, some_batch
 from torch.nn.parallel import DistributedDataParallel
 
-from config import LossConfig
+from checkpoints.ours import Progress, read_checkpoint
+from config import LossConfig, TrainConfig
 from data import Batch
-from support.distributed import all_gather, gather_triplets
-from train import global_losses, logistic_noise
+from support.device import autocast, make_scaler
+from support.distributed import all_gather, gather_triplets, stop_processes
+from train import global_losses, logistic_noise, make_optimizer, train
 
 PAIRS = 8
 THINGS = ("kite", "ball", "house", "fish", "bug", "moon", "star", "tree", "box", "heart")
@@ -81,6 +83,37 @@ def test_gradients_of_many_processes_are_those_of_one(processes, last_block, tmp
         for name, want in one.items()
     }
     assert max(differences.values()) < 1e-9, max(differences, key=differences.get)
+
+
+def ten_steps(rank: int, processes: int, port: int, folder: str) -> None:
+    """train.train on ten batches, through both phases; in double precision, as above."""
+    torch.set_num_threads(1)
+    if processes > 1:
+        address = f"tcp://127.0.0.1:{port}"
+        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=processes)
+    model = random_model().double()
+    batches = []
+    for seed in range(10):
+        batch = share(some_batch(model, CAPTIONS, NOUNS, seed), rank, processes)
+        batches.append(replace(batch, images=batch.images.double(), position=(rank, 0, seed)))
+    out = f"{folder}/{processes}"
+    config = TrainConfig(out=out, steps=10, batch_size=PAIRS, lr=1e-3, warmup=0.2)
+    optimizer, scaler = make_optimizer(model, config), make_scaler(CPU, scaled=False)
+    amp = autocast(CPU, torch.float32)
+    train(model, optimizer, scaler, amp, batches, Progress(), [], config, LossConfig())
+    stop_processes()
+
+
+def test_ten_steps_of_two_processes_are_those_of_one(tmp_path):
+    mp.spawn(ten_steps, (2, free_port(), str(tmp_path)), nprocs=2)
+    ten_steps(0, 1, 0, str(tmp_path))
+    one, two = (read_checkpoint(tmp_path / n / "last.pt")["model"] for n in ("1", "2"))
+    start = random_model().learned_state()
+    assert one.keys() == two.keys() == start.keys()
+    moved = sum(not torch.equal(one[name].float(), start[name]) for name in one)
+    assert moved > 40  # of the last visual block too
+    for name, value in one.items():
+        assert (value - two[name]).abs().max() < 1e-5, name
 
 
 def gather_work(rank: int, port: int, path: str) -> None:

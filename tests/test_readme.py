@@ -23,7 +23,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_every_option_exists():
     known = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}
-    known |= {"--help"}
+    known |= {"--help", "--signal"}  # the last one is SLURM's
     img2dataset = "url_list input_format url_col caption_col output_format output_folder image_size"
     known |= {f"--{name}" for name in f"{img2dataset} resize_mode".split()}
     for config in (TrainConfig, ModelConfig, LossConfig, EvalConfig, MaskConfig, SegmentConfig):

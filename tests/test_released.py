@@ -16,7 +16,7 @@ from checkpoints.ours import load_model
 from checkpoints.released import rebuild_released, rename_released
 from clip import visual_hidden
 from config import LossConfig, MaskConfig, UserError
-from data import collate
+from data import Batch, collate
 from model import word_mask
 from pamr import pamr
 from segmenter import Segmenter
@@ -30,6 +30,19 @@ def load(name: str):
     facts = json.loads((GOLDEN / f"{name}.json").read_text())
     state = {k: torch.tensor(v) for k, v in np.load(GOLDEN / f"{name}_checkpoint.npz").items()}
     return facts, rebuild_released(state, name), np.load(GOLDEN / f"{name}_expected.npz")
+
+
+def golden_batch(facts: dict, images: np.ndarray, context_length: int) -> Batch:
+    captions, by_noun = facts["captions"], facts["nouns"]
+    return collate(
+        torch.tensor(images).unbind(),
+        captions,
+        list(zip(*by_noun)),
+        [()] * len(captions),
+        [[facts["kg_template"]] * len(by_noun)] * len(captions),
+        context_length,
+        with_released_labels=True,
+    )
 
 
 def test_pamr():
@@ -90,17 +103,9 @@ def test_training_step(name):
     facts, model, expected = load(name)
     if "train_image" not in expected:
         pytest.skip("this file has no training step")
-    captions, by_noun = facts["captions"], facts["nouns"]
-    drawn = list(zip(*by_noun))
-    batch = collate(
-        torch.tensor(expected["train_image"]).unbind(),
-        captions,
-        drawn,
-        [()] * len(captions),
-        [[facts["kg_template"]] * len(by_noun)] * len(captions),
-        len(model.context),
-        with_released_labels=True,
-    )
+    model.text_segmenter.attends_to_all = False  # as these values were computed
+    by_noun = facts["nouns"]
+    batch = golden_batch(facts, expected["train_image"], len(model.context))
     length = batch.caption_tokens.shape[1]
     np.testing.assert_array_equal(batch.noun_labels, expected["pseudo_label"][:, :length])
     assert (expected["pseudo_label"][:, length:] == -1).all()
@@ -122,6 +127,10 @@ def test_training_step(name):
 
     config = LossConfig(lambda_kg=4.0, pseudo_labels="release")
     terms = global_losses(decomposition, model, batch, config)
+    check_losses_and_gradients(model, terms, expected, more_than=40)
+
+
+def check_losses_and_gradients(model, terms, expected, more_than: int) -> None:
     for theirs, ours in TERMS.items():
         assert terms[ours].item() == pytest.approx(float(expected[f"loss_{theirs}"]), abs=1e-5), (
             ours
@@ -131,12 +140,32 @@ def test_training_step(name):
     terms["total"].backward()
     state = {k[5:]: torch.tensor(v) for k, v in expected.items() if k.startswith("grad_")}
     gradients = rename_released(state, tcl=False)["learned"]
-    assert len(gradients) > 40
+    assert len(gradients) > more_than
     parameters = dict(model.named_parameters())
     for key, want in gradients.items():
         want = want.numpy().reshape(parameters[key].shape)
         tolerance = 1e-3 * np.abs(want).max() + 1e-7
         np.testing.assert_allclose(parameters[key].grad, want, atol=tolerance, rtol=0, err_msg=key)
+
+
+def test_training_step_as_released():
+    """The text segmenter of a released file attends to all 77 positions, as it was trained."""
+    name = next(n for n in TRIPLES if "code" in n)
+    facts, model, step = load(name)
+    expected = np.load(GOLDEN / f"{name}_as_released.npz")
+    assert model.config.text_attention == "all"
+    batch = golden_batch(facts, step["train_image"], len(model.context))
+    decomposition = model(batch, noise=None)
+    m_t = word_mask(decomposition.word_logits).transpose(0, 1).flatten(0, 1).detach()
+    eot = batch.caption_tokens.argmax(-1).repeat(len(facts["nouns"]))
+    shifted = 0.0
+    for row, want, words, end in zip(m_t, expected["word_mask"], step["word_mask"], eot):
+        np.testing.assert_allclose(row[: end + 1], want[: end + 1], atol=1e-5)
+        shifted = max(shifted, np.abs(want - words)[: end + 1].max())
+    assert shifted > 0.005  # the values do tell the two apart
+    config = LossConfig(lambda_kg=4.0, pseudo_labels="release")
+    terms = global_losses(decomposition, model, batch, config)
+    check_losses_and_gradients(model, terms, expected, more_than=20)
 
 
 # --- released files -------------------------------------------------------------------------------

@@ -1,8 +1,11 @@
 """Runs that are stopped, killed and resumed."""
 
+import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -16,22 +19,96 @@ def test_a_killed_run_resumed_equals_an_uninterrupted_one(tmp_path, workers):
     options = (*TINY, "--steps", "10", "--checkpoint-every", "3", "--workers", workers)
     train(*options, "--out", tmp_path / "whole")
     killed = start(*options, "--out", tmp_path / "killed")
-    while not (tmp_path / "killed/last.pt").exists() and killed.poll() is None:
+    while not (tmp_path / "killed/last.pt").exists():
+        assert killed.poll() is None
         time.sleep(0.02)
     killed.kill()
-    killed.wait()
+    assert killed.wait() == -signal.SIGKILL  # it came before the end
     train(*options, "--out", tmp_path / "killed", "--resume")
     assert same_state(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_sigterm_finishes_the_step_saves_and_exits_0(tmp_path):
-    options = (*TINY, "--steps", "4000", "--out", tmp_path)
-    running = start(*options)
-    while not (tmp_path / "log.jsonl").exists() and running.poll() is None:
-        time.sleep(0.05)
+def preempt(out: Path, options: tuple, moments, send: Callable, processes: int = 1) -> int:
+    """Start a run and send it a signal as soon as its log has so many lines, once for each of the
+    moments (0: before the first step); go on each time. Returns the last exit code.
+
+    Each time last.pt is there, with every step that was logged in it, before the end of the run.
+    """
+    for attempt, moment in enumerate(moments):
+        again = ("--resume",) if attempt else ()
+        running = subprocess.Popen(
+            command(*options, "--out", out, *again, processes=processes),
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # a process group of its own, as a shell gives every job
+        )
+        sign = out / ("log.jsonl" if moment else "config.json")
+        while not sign.exists() or moment and len(log(out)) < moment:
+            assert running.poll() is None, "it ended before it was preempted"
+            time.sleep(0.02)
+        send(running)
+        code = running.wait(timeout=60)
+        saved = read_checkpoint(out / "last.pt")
+        assert saved["step"] == log(out)[-1]["step"] < saved["train_config"]["steps"]
+    return code
+
+
+def to_launcher(running: subprocess.Popen) -> None:
     running.send_signal(signal.SIGTERM)
-    assert running.wait(timeout=60) == 0
-    assert read_checkpoint(tmp_path / "last.pt")["step"] == log(tmp_path)[-1]["step"]
+
+
+def to_group(running: subprocess.Popen) -> None:
+    os.killpg(running.pid, signal.SIGTERM)
+
+
+def ctrl_c(running: subprocess.Popen) -> None:
+    os.killpg(running.pid, signal.SIGINT)
+
+
+PREEMPTED = (*TINY, "--steps", "40", "--checkpoint-every", "1000", "--workers", "1")
+
+
+@pytest.fixture(scope="module")
+def whole(request, tmp_path_factory) -> tuple[Path, int]:
+    """An undisturbed run of so many processes, and how many."""
+    out = tmp_path_factory.mktemp("whole")
+    train(*PREEMPTED, "--out", out, processes=request.param)
+    return out, request.param
+
+
+@pytest.mark.parametrize(
+    "whole, send, moments",
+    [(2, to_launcher, (0, 15)), (2, to_group, (6,)), (1, ctrl_c, (11,))],
+    indirect=["whole"],
+)
+def test_a_preempted_run_saves_and_goes_on_bit_for_bit(whole, send, moments, tmp_path):
+    """Slow: every moment starts processes anew. Loader workers get the group's signals too."""
+    undisturbed, processes = whole
+    code = preempt(tmp_path, PREEMPTED, moments, send, processes)
+    assert code == 0 or processes > 1  # torchrun reports a failure of its own
+    train(*PREEMPTED, "--out", tmp_path, "--resume", processes=processes)
+    assert same_state(undisturbed, tmp_path)
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    """The first one waits for an evaluation of half a minute, the second does not."""
+    evaluation = ("--eval-dataset", "shapes", "--eval-every", "1")
+    running = subprocess.Popen(
+        command(*TINY, "--steps", "9", "--workers", "1", "--out", tmp_path, *evaluation),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while not (tmp_path / "log.jsonl").exists():
+        assert running.poll() is None
+        time.sleep(0.05)
+    ctrl_c(running)
+    time.sleep(1.2)
+    assert running.poll() is None  # still evaluating
+    ctrl_c(running)
+    assert running.wait(timeout=2) == 130
 
 
 def test_two_processes_killed_and_resumed_then_one_goes_on(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import data
+import sources
 from config import UserError
 from sources import BadSample, Shards, expand_braces, index_shard
 
@@ -42,7 +43,7 @@ def read_all(
     source: Shards, readers: int = 1, reader: int = 0
 ) -> tuple[list[str], collections.Counter]:
     captions, causes = [], collections.Counter()
-    for item in source.order(0, 0, reader, readers):
+    for _, item in source.order(0, 0, reader, readers, source.START):
         try:
             if isinstance(item, BadSample):
                 raise item
@@ -125,17 +126,18 @@ def test_every_sample_is_read_by_one_reader_once(shards, readers, tmp_path):
     assert together == sorted(f"kite ball {i}-{j}" for i in range(shards) for j in range(5))
 
 
-def test_passes_differ_and_a_seed_repeats_them(tmp_path):
+def test_epochs_differ_and_a_seed_repeats_them(tmp_path):
     write_tar(tmp_path / "0.tar", [m for j in range(50) for m in good(str(j))])
     source = Shards([str(tmp_path / "0.tar")])
     orders = [
-        [i.image for i in source.order(s, p, 0, 1)] for s, p in ((0, 0), (0, 0), (0, 1), (1, 0))
+        [item.image for _, item in source.order(seed, epoch, 0, 1, source.START)]
+        for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))
     ]
     assert orders[0] == orders[1] and orders[0] != orders[2] and orders[0] != orders[3]
     assert sorted(orders[0]) == sorted(orders[2]) and orders[0] != sorted(orders[0])
 
 
-def test_a_stream_of_shards_goes_on_inside_a_pass(tmp_path):
+def test_a_stream_of_shards_goes_on_inside_an_epoch(tmp_path):
     for i in range(3):
         write_tar(tmp_path / f"{i}.tar", [m for j in range(9) for m in good(f"{i}-{j}")])
     make = lambda **more: iter(  # noqa: E731
@@ -144,10 +146,31 @@ def test_a_stream_of_shards_goes_on_inside_a_pass(tmp_path):
         )
     )
     whole = list(itertools.islice(make(), 9))
-    reader, *place = whole[3].position
-    rest = list(itertools.islice(make(start={reader: tuple(place)}), 5))
+    reader, *offset = whole[3].position
+    rest = list(itertools.islice(make(start={reader: tuple(offset)}), 5))
     for a, b in zip(whole[4:], rest):
         assert np.array_equal(a.images, b.images) and np.array_equal(a.noun_tokens, b.noun_tokens)
+
+
+def test_going_on_reads_one_shard_again(tmp_path, monkeypatch):
+    """Whatever lies before: an offset names the shard, so none of the others is opened."""
+    for i in range(8):
+        write_tar(tmp_path / f"{i}.tar", [m for j in range(5) for m in good(f"{i}-{j}")])
+    shards = Shards([str(tmp_path / "*.tar")])
+    every = list(shards.order(3, 1, 0, 2, shards.START))
+    assert len(every) == 4 * 5
+    opened = []
+    monkeypatch.setattr(
+        sources, "index_shard", lambda path: opened.append(path) or index_shard(path)
+    )
+    offset, _ = every[12]  # in the third of this reader's four shards
+    assert list(shards.order(3, 1, 0, 2, offset))[:2] == every[13:15]
+    going_on = shards.order(3, 1, 0, 2, offset)
+    opened.clear()
+    next(going_on)
+    assert opened == [every[12][1].path]
+    # An earlier version counted samples: the epoch is read again.
+    assert next(shards.order(3, 1, 0, 2, (12,))) == every[0]
 
 
 def test_patterns(tmp_path):

@@ -1,0 +1,73 @@
+"""The training loop on batches of our own: its optimizer, and gradients that are not finite."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import CPU, random_model, some_batch
+
+import train
+from checkpoints.ours import Progress, read_checkpoint
+from config import LossConfig, TrainConfig, UserError
+from support.device import autocast, make_scaler
+
+
+def run_loop(out, steps: int, broken: set[int], monkeypatch, scaled: bool = False) -> list:
+    """A real loop; in the broken steps the loss is finite and its gradient is not.
+
+    Returns the weights of the mask's scale after every step.
+    """
+    model = random_model()
+    batch = replace(some_batch(model), position=(0, 0, 1))
+    values, done, losses = [], [], train.global_losses
+
+    def with_broken_gradients(decomposition, model, *arguments):
+        values.append(model.image_segmenter.mask_scale.item())
+        terms = losses(decomposition, model, *arguments)
+        if len(done) in broken:
+            root = (0 * model.image_segmenter.mask_scale).sqrt()  # 0, its derivative infinite
+            terms["total"] = terms["total"] + root
+        done.append(None)
+        return terms
+
+    monkeypatch.setattr(train, "global_losses", with_broken_gradients)
+    config = TrainConfig(out=str(out), steps=steps, batch_size=3, lr=1e-2, log_every=2, warmup=0.0)
+    optimizer, scaler = train.make_optimizer(model, config), make_scaler(CPU, scaled)
+    amp = autocast(CPU, torch.float32)
+    parts = (model, optimizer, scaler, amp, [batch] * steps, Progress(), [])
+    train.train(*parts, config, LossConfig())
+    return [*values, model.image_segmenter.mask_scale.item()]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_updates_without_a_finite_gradient_are_left_out_and_counted(tmp_path, monkeypatch, scaled):
+    values = run_loop(tmp_path, 8, {1, 2, 5}, monkeypatch, scaled)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["updates_left_out"] for line in lines] == [1, 2, 3, 3]
+    moved = [a != b for a, b in zip(values, values[1:])]
+    assert moved == [True, False, False, True, True, False, True, True]
+    assert read_checkpoint(tmp_path / "last.pt")["step"] == 8
+
+
+def test_fifty_in_a_row_stop_the_run(tmp_path, monkeypatch):
+    run_loop(tmp_path / "49", 51, set(range(1, 50)), monkeypatch)
+    with pytest.raises(UserError, match="step 50: the gradients of fifty steps in a row not fin"):
+        run_loop(tmp_path / "50", 60, set(range(1, 51)), monkeypatch)
+
+
+def test_the_optimizer_is_section_3_5s():
+    """AdamW; decay on matrices and kernels, none on biases, LayerNorms, prompts and scalars."""
+    model = random_model()
+    optimizer = train.make_optimizer(model, TrainConfig())
+    names = {p: name for name, p in model.named_parameters()}
+    decayed, plain = ({names[p] for p in group["params"]} for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (5e-6, (0.9, 0.999), 1e-6)
+    learned = {name for name in names.values() if not name.startswith("clip.")}
+    assert decayed | plain == learned and not decayed & plain
+    assert {"context", "region_prompt", "word_prompt", "hcl_log_scale"} < plain
+    assert all(name.endswith("weight") or name == "image_segmenter.proj" for name in decayed)
+    assert "image_segmenter.upsampling.1.convs.0.weight" in decayed
+    assert not any("norm" in name or "ln_" in name for name in decayed)

@@ -1,0 +1,147 @@
+"""Half precision, and GPUs without one: autocast on the CPU, and fake CUDA tensors.
+
+Fake tensors have shapes, types and devices but no values, so that what mixes devices or reads a
+value off the GPU in the middle of a step fails here, on a machine without a GPU.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import CPU, random_model, some_batch
+from PIL import Image
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from config import LossConfig, MaskConfig, UserError
+from pamr import neighbours
+from segmenter import Segmenter
+from support.device import autocast, choose_device, choose_precision
+from train import global_losses, logistic_noise
+
+
+def losses_of(model, batch, precision: torch.dtype) -> dict[str, torch.Tensor]:
+    noise = logistic_noise(2, 3, (16, 16), seed=0, step=0, device=CPU)
+    with autocast(CPU, precision):
+        decomposition = model(batch, noise)
+    for name, value in vars(decomposition).items():
+        assert value.dtype == torch.float32, name
+    return global_losses(decomposition, model, batch, LossConfig())
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_loss_terms_in_half_precision(precision):
+    """Every term within 2 % of float32's; the hard masks differ in a cell or two at most."""
+    model = random_model()
+    batch = some_batch(model)
+    full, half = (losses_of(model, batch, p) for p in (torch.float32, precision))
+    for name, value in full.items():
+        assert half[name].dtype == torch.float32
+        assert half[name].item() == pytest.approx(value.item(), rel=0.02, abs=1e-4), name
+    half["total"].backward()
+    gradients = [p.grad for n, p in model.named_parameters() if not n.startswith("clip.")]
+    assert all(g is not None and g.dtype == torch.float32 for g in gradients)
+
+
+def test_masks_of_bfloat16_move_in_small_steps():
+    """From before the sigmoid they are float32: far more values than bfloat16 has in [0.5, 1]."""
+    model = random_model()
+    config = MaskConfig(pamr=False, prior_weight=0.0, precision="bfloat16")
+    segmenter = Segmenter(model.clip, model, ["kite"], config)
+    masks = segmenter.masks(torch.randn(1, 3, 64, 64))
+    assert masks.dtype == torch.float32
+    assert len(masks.unique()) > 1000  # of 4,096; in bfloat16 128 at most
+    full = Segmenter(model.clip, model, ["kite"], replace(config, precision="float32"))
+    torch.manual_seed(0)
+    image = torch.randn(1, 3, 64, 64)
+    assert torch.allclose(segmenter.masks(image), full.masks(image), atol=0.02)
+
+
+def test_precisions_by_name():
+    assert choose_precision("auto", CPU) == torch.float32
+    assert choose_precision("float16", CPU) == torch.float16
+    with pytest.raises(UserError, match="--precision half: not one of auto, float32, bfloat16"):
+        choose_precision("half", CPU)
+
+
+def test_bfloat16_only_where_the_gpu_computes_in_it(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda emulated=True: asked.append(emulated) or emulated
+    )
+    assert choose_precision("auto", torch.device("cuda", 0)) == torch.float16
+    assert asked == [False]
+
+
+def test_cuda_is_this_processes_gpu(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: made.append(str(device)))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert str(choose_device("cuda")) == "cuda:3" and str(choose_device("cuda:1")) == "cuda:1"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert str(choose_device("auto")) == "cuda:3" and made == ["cuda:3", "cuda:1", "cuda:3"]
+
+
+# --- fake CUDA tensors ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Tensors lie on a GPU that does not exist; reading a value of theirs raises. Without a driver
+    the autograd engine cannot run on them: backward passes in half precision are tested above."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated=True: True)
+    neighbours.cache_clear()
+    yield FakeTensorMode
+    neighbours.cache_clear()  # it must not keep fake ones
+
+
+def on_gpu(module: torch.nn.Module) -> torch.nn.Module:
+    """The module with fake parameters and buffers on cuda:0."""
+    for part in module.modules():
+        for names in (part._parameters, part._buffers):
+            for name, value in names.items():
+                if value is not None:
+                    fake = torch.empty(value.shape, dtype=value.dtype, device="cuda:0")
+                    learned = isinstance(value, torch.nn.Parameter)
+                    names[name] = torch.nn.Parameter(fake, value.requires_grad) if learned else fake
+    return module
+
+
+@pytest.mark.parametrize("labels", ["thesis", "release"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_step_on_a_fake_gpu(precision, labels, fake_cuda):
+    """Forward pass and losses: nothing is left on the CPU, nothing is read off the GPU."""
+    model = random_model()
+    batch = some_batch(model)
+    with fake_cuda():
+        model = on_gpu(model)
+        batch = replace(batch, **{k: fake(v) for k, v in batch.tensors().items()})
+        noise = torch.rand(2, 3, 16, 16, device="cuda:0")
+        with autocast(torch.device("cuda", 0), precision):
+            decomposition = model(batch, noise)
+        terms = global_losses(decomposition, model, batch, LossConfig(pseudo_labels=labels))
+        for name, value in (vars(decomposition) | terms).items():
+            assert value.device.type == "cuda" and value.dtype == torch.float32, name
+        with pytest.raises(DataDependentOutputException):
+            terms["total"].item()  # so a hidden synchronisation would have been noticed
+
+
+def fake(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device="cuda:0")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_window_on_a_fake_gpu(precision, trained, fake_cuda):
+    model = random_model()
+    config = MaskConfig(window=32, stride=16, short_side=32, precision=precision)
+    segmenter = Segmenter(model.clip, model if trained else None, ["kite", "bug"], config)
+    with fake_cuda():
+        on_gpu(model)
+        segmenter.device = torch.device("cuda", 0)
+        for name, value in vars(segmenter).items():
+            if isinstance(value, torch.Tensor):
+                setattr(segmenter, name, fake(value))
+        scores = segmenter.scores(Image.new("RGB", (48, 40)))
+        assert scores.device.type == "cuda" and scores.dtype == torch.float32
+        assert scores.shape == (2, 32, 38)
