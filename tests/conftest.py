@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-GOLDEN = Path(os.environ.get("CODE_GOLDEN", ROOT.parent / "shared" / "golden"))
 NLTK_DATA = ROOT.parent / "shared" / "nltk_data"
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not spin beside other tests

@@ -6,17 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import golden
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT
+from conftest import ROOT
 from PIL import Image
 
 from datasets import THESIS_DATASETS, load_benchmark
 from evaluate import IoU
 
-RAW = GOLDEN / "raw"
-pytestmark = pytest.mark.skipif(not RAW.is_dir(), reason=f"no miniature benchmarks in {RAW}")
+RAW = golden.folder() / "raw"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -33,7 +33,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
-    state = {k: torch.tensor(v) for k, v in np.load(RAW / "checkpoint.npz").items()}
+    state = {k: torch.tensor(v) for k, v in golden.load("raw/checkpoint").items()}
     path = tmp_path_factory.mktemp("released") / "released.pth"
     torch.save({"model": state}, path)
     return str(path)
@@ -55,7 +55,7 @@ def all_six(checkpoint, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", THESIS_DATASETS)
 def test_label_maps_are_the_released_programs(name, all_six):
     benchmark = load_benchmark(name, str(RAW))
-    expected = np.load(RAW / "expected_predictions.npz")
+    expected = golden.load("raw/expected_predictions")
     index_of = np.zeros(256, int)
     index_of[list(benchmark.raw_ids)] = np.arange(len(benchmark.class_names))
     different = pixels = 0
@@ -69,7 +69,7 @@ def test_label_maps_are_the_released_programs(name, all_six):
 @pytest.mark.parametrize("name", THESIS_DATASETS)
 def test_iou_of_the_expected_label_maps(name):
     benchmark = load_benchmark(name, str(RAW))
-    expected = np.load(RAW / "expected_predictions.npz")
+    expected = golden.load("raw/expected_predictions")
     want = json.loads((RAW / "expected_miou.json").read_text())[name]
     iou = IoU(len(benchmark.class_names))
     for i, stem in enumerate(benchmark.stems):

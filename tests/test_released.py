@@ -1,16 +1,16 @@
 """Against what the authors' programs computed: features, masks, losses and gradients.
 
-The golden folder is named by CODE_GOLDEN (default ../shared/golden); without it these tests skip.
+The values are in tests/golden, or in the folder that CODE_GOLDEN names.
 """
 
 import json
 import os
 from pathlib import Path
 
+import golden
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
 
 from checkpoints.ours import load_model
 from checkpoints.released import rebuild_released, rename_released
@@ -22,14 +22,14 @@ from pamr import pamr
 from segmenter import Segmenter
 from train import global_losses
 
-pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden values in {GOLDEN}")
-TRIPLES = sorted(path.stem for path in GOLDEN.glob("*.json")) if GOLDEN.is_dir() else []
+GOLDEN = golden.folder()
+TRIPLES = sorted(path.stem for path in GOLDEN.glob("*.json"))
 
 
 def load(name: str):
     facts = json.loads((GOLDEN / f"{name}.json").read_text())
-    state = {k: torch.tensor(v) for k, v in np.load(GOLDEN / f"{name}_checkpoint.npz").items()}
-    return facts, rebuild_released(state, name), np.load(GOLDEN / f"{name}_expected.npz")
+    state = {k: torch.tensor(v) for k, v in golden.load(f"{name}_checkpoint").items()}
+    return facts, rebuild_released(state, name), golden.load(f"{name}_expected")
 
 
 def golden_batch(facts: dict, images: np.ndarray, context_length: int) -> Batch:
@@ -46,7 +46,7 @@ def golden_batch(facts: dict, images: np.ndarray, context_length: int) -> Batch:
 
 
 def test_pamr():
-    cases = np.load(GOLDEN / "pamr.npz")
+    cases = golden.load("pamr")
     count = sum(name.startswith("image") for name in cases)
     assert count > 0
     for i in range(count):
@@ -152,7 +152,7 @@ def test_training_step_as_released():
     """The text segmenter of a released file attends to all 77 positions, as it was trained."""
     name = next(n for n in TRIPLES if "code" in n)
     facts, model, step = load(name)
-    expected = np.load(GOLDEN / f"{name}_as_released.npz")
+    expected = golden.load(f"{name}_as_released")
     assert model.config.text_attention == "all"
     batch = golden_batch(facts, step["train_image"], len(model.context))
     decomposition = model(batch, noise=None)
@@ -244,7 +244,7 @@ class Exploding:
 def test_a_released_file_executes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = next(n for n in TRIPLES if "code" in n)
-    tensors = np.load(GOLDEN / f"{name}_checkpoint.npz")
+    tensors = golden.load(f"{name}_checkpoint")
     state = {key: torch.tensor(value) for key, value in tensors.items()}
     content = {"cfg": Exploding(), "model": state, "hook": [Exploding(), {"x": Exploding()}]}
     torch.save(content, "bomb.pth")
@@ -255,7 +255,7 @@ def test_a_released_file_executes_nothing(tmp_path, monkeypatch):
 
 def test_unknown_and_missing_tensors_are_named():
     name = next(n for n in TRIPLES if "code" in n)
-    tensors = np.load(GOLDEN / f"{name}_checkpoint.npz")
+    tensors = golden.load(f"{name}_checkpoint")
     state = {key: torch.tensor(value) for key, value in tensors.items()}
     with pytest.raises(UserError, match="x.pth: unknown tensors masker.extra"):
         rebuild_released(state | {"masker.extra": torch.zeros(1)}, "x.pth")
