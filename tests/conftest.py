@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-NLTK_DATA = ROOT.parent / "shared" / "nltk_data"
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not spin beside other tests
 
+import nltk  # noqa: E402
 import open_clip  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -20,6 +20,12 @@ from config import TRAIN_PRESETS, ModelConfig, run  # noqa: E402
 from data import Batch, collate  # noqa: E402
 from datasets import shapes  # noqa: E402
 from model import CoDe  # noqa: E402
+
+try:
+    nltk.data.find("taggers/averaged_perceptron_tagger_eng/")
+except LookupError:  # the small tagger of tests/make_tagger.py, for the processes of tests as well
+    nltk.data.path.append(str(ROOT / "tests" / "nltk_data"))
+    os.environ["NLTK_DATA"] = os.pathsep.join(nltk.data.path)
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a red kite and a ball on the grass", "the tiny bug near a house", "a moon with a star"]

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import NLTK_DATA, ROOT
+from conftest import ROOT
 
 from checkpoints.ours import read_checkpoint
 from config import MASK_PRESETS
@@ -17,7 +17,7 @@ TINY = ("--preset", "shapes", "--batch-size", "4", "--log-every", "1", "--warmup
 
 
 SUMS = ("exp_avg", "exp_avg_sq")
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "NLTK_DATA": str(NLTK_DATA)}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def start(*arguments: str) -> subprocess.Popen:

@@ -5,7 +5,6 @@ import collections
 import numpy as np
 import pytest
 import torch
-from conftest import NLTK_DATA
 from PIL import Image
 
 import data
@@ -17,14 +16,7 @@ from datasets import shapes
 
 @pytest.fixture(scope="module")
 def ordinary_tagger():
-    import nltk
-
-    if NLTK_DATA.is_dir():
-        nltk.data.path.insert(0, str(NLTK_DATA))
-    try:
-        return data.nltk_tagger()
-    except UserError:
-        pytest.skip("NLTK's tagger data is neither here nor to be fetched")
+    return data.nltk_tagger()
 
 
 # --- nouns ----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, NLTK_DATA, ROOT, free_port
+from conftest import CPU, ROOT, free_port
 from PIL import Image
 from runs import ENVIRONMENT, TINY, log, train
 
@@ -124,8 +124,6 @@ def test_an_update_that_is_not_finite_is_left_out():
 
 def test_real_pairs(tmp_path):
     """A folder of photograph-sized images with free-form captions, on a CLIP of its own."""
-    if not NLTK_DATA.is_dir():
-        pytest.skip("NLTK's tagger data is not here")
     captions = [
         "A man in a red jacket rides a horse along the beach.",
         "Two children with a kite, and a dog, on wet grass!",
