@@ -55,7 +55,7 @@ class UpsamplingBlock(nn.Module):
                 x, y = F.interpolate(x, scale_factor=2), upsample_and_convolve(y, conv)
             else:
                 y = conv(y)
-            x = x + gate.tanh() * y
+            x = torch.addcmul(x, gate.tanh(), y)
         return x
 
 

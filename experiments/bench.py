@@ -3,6 +3,7 @@
 Examples:
     python -m experiments.bench --json bench.json
     python -m experiments.bench --only window      # pieces whose name holds this
+    python -m experiments.bench --device cuda --precision bfloat16
 
 Each piece has a process of its own, in which its plain form (`textbook.py`: PAMR and upsampling
 from their definitions, open_clip's own blocks, texts of 77 tokens) and ours run in turn, several
@@ -17,7 +18,9 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,17 +29,18 @@ import torch.nn.functional as F
 from PIL import Image
 
 from clip import embed_texts, load_clip, tokenize, visual_hidden
-from config import LossConfig, MaskConfig, ModelConfig, UserError, option, parse, run
-from data import PairStream, collate, make_loader, nltk_tagger
+from config import LossConfig, MaskConfig, ModelConfig, TrainConfig, UserError, option, parse, run
+from data import Batch, PairStream, collate, make_loader, nltk_tagger
 from datasets import ade20k, coco_stuff, voc
 from experiments.textbook import padded, plain_forms, plain_pamr
-from experiments.timing import compare, peak_memory
+from experiments.timing import compare, on_gpu, peak_memory
 from model import CoDe, UpsamplingBlock
 from pamr import pamr
 from segmenter import Segmenter
 from sources import Shards
+from support.device import autocast, choose_device, choose_precision
 from support.files import save_text
-from train import global_losses
+from train import global_losses, make_optimizer
 
 
 @dataclass
@@ -46,11 +50,14 @@ class BenchConfig:
     repeats: int = option(5, "runs of every form; the median counts", low=1)
     only: str | None = option(None, "only pieces whose name holds this")
     json: str | None = option(None, "file to write the measurements to")
+    device: str = option("cpu", "where it is measured: cpu, cuda, cuda:1, ...")
+    precision: str = option("float32", "of a training step and a window's matrix products")
 
 
 # --- the pieces -----------------------------------------------------------------------------------
 
 ROOT = Path(__file__).parents[1]
+BATCH_SIZES = (4, 8, 16, 32, 64)
 NAMES = [*ade20k.CLASS_NAMES, *coco_stuff.CLASS_NAMES]
 
 
@@ -64,15 +71,15 @@ def noise_image(width: int, height: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def refinement(repeats: int) -> dict:
+def refinement(config: BenchConfig) -> dict:
     """PAMR of 171 masks of 112 x 112: 8.6 MB of masks."""
     image, masks = torch.rand(1, 3, 448, 448), torch.rand(1, 171, 112, 112)
     assert torch.allclose(plain_pamr(image, masks), pamr(image, masks), atol=1e-4)
     forms = {"plain": lambda: plain_pamr(image, masks), "ours": lambda: pamr(image, masks)}
-    return compare("refinement, 171 masks of 112 x 112", forms, repeats)
+    return compare("refinement, 171 masks of 112 x 112", forms, config.repeats)
 
 
-def upsampling(repeats: int) -> dict:
+def upsampling(config: BenchConfig) -> dict:
     block, x = UpsamplingBlock(768), torch.randn(1, 56, 56, 768).movedim(-1, 1)
 
     @torch.no_grad()
@@ -81,10 +88,10 @@ def upsampling(repeats: int) -> dict:
             block(x)
 
     forms = {"plain": plain, "ours": torch.no_grad()(lambda: block(x))}
-    return compare("upsampling block, 56 to 112", forms, repeats)
+    return compare("upsampling block, 56 to 112", forms, config.repeats)
 
 
-def text(repeats: int) -> dict:
+def text(config: BenchConfig) -> dict:
     clip = make_model().clip
     tokens = tokenize([f"a photo of a {name}." for name in voc.CLASS_NAMES])
 
@@ -94,14 +101,14 @@ def text(repeats: int) -> dict:
             embed_texts(clip, F.pad(tokens, (0, 77 - tokens.shape[1])))
 
     ours = torch.no_grad()(lambda: embed_texts(clip, tokens))
-    return compare("text tower, 21 texts", {"plain": plain, "ours": ours}, repeats)
+    return compare("text tower, 21 texts", {"plain": plain, "ours": ours}, config.repeats)
 
 
-def window(classes: int, repeats: int) -> dict:
+def window(classes: int, config: BenchConfig) -> dict:
     """One 448-pixel image to its label map."""
     model = make_model()
     clip, x = model.clip, torch.randn(1, 3, 448, 448)
-    segmenter = Segmenter(clip, model, NAMES[:classes], MaskConfig())
+    segmenter = Segmenter(clip, model, NAMES[:classes], MaskConfig(precision=config.precision))
     image = noise_image(448, 448)
 
     def ours():
@@ -117,40 +124,62 @@ def window(classes: int, repeats: int) -> dict:
             clip.visual.transformer.resblocks[-1](visual_hidden(clip, x))
 
     forms = {"plain": plain, "ours": ours, "bare": bare}
-    return compare(f"window of 448, {classes} classes", forms, repeats)
+    return compare(f"window of 448, {classes} classes", forms, config.repeats)
 
 
-def training_step(repeats: int) -> dict:
-    """Forward, losses, backward and update of 8 pairs with two nouns each, everything trained.
+def make_batch(pairs: int, context_length: int) -> Batch:
+    captions = ["a man in a red jacket rides a brown horse on the beach near the sea"] * pairs
+    nouns, forms = [("horse", "beach")] * pairs, [["a photo of a {}.", "art of the {}."]] * pairs
+    images = torch.randn(pairs, 3, 224, 224).unbind()
+    return collate(images, captions, nouns, [()] * pairs, forms, context_length)
 
-    plain: texts of 77 tokens, convolution of upsampled features, open_clip's own blocks.
-    """
-    model = make_model()
-    captions = ["a man in a red jacket rides a brown horse on the beach near the sea"] * 8
-    forms = ["a photo of a {}.", "art of the {}."]
-    images = torch.randn(8, 3, 224, 224).unbind()
-    context = len(model.context)
-    batch = collate(images, captions, [("horse", "beach")] * 8, [()] * 8, [forms] * 8, context)
-    longer = padded(batch)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9)
-    model.train()
 
-    def step(batch):
-        d = model(batch, torch.zeros(2, 8, 56, 56))
+def make_step(model: CoDe, config: BenchConfig) -> Callable[[Batch], None]:
+    """Forward, losses, backward and update of a batch, everything trained."""
+    optimizer = make_optimizer(model, TrainConfig(lr=1e-9))
+    device = model.context.device
+    amp = autocast(device, choose_precision(config.precision, device))
+
+    def step(batch: Batch) -> None:
+        with amp:
+            d = model(batch, torch.zeros(2, len(batch.images), 56, 56))
         terms = global_losses(d, model, batch, LossConfig())
         optimizer.zero_grad(set_to_none=True)
         terms["total"].backward()
         optimizer.step()
+
+    return step
+
+
+def training_step(config: BenchConfig) -> dict:
+    """plain: texts of 77 tokens, convolution of upsampled features, open_clip's own blocks."""
+    model = make_model()
+    step, batch = make_step(model, config), make_batch(8, len(model.context))
+    longer = padded(batch)
 
     def plain():
         with plain_forms():
             step(longer)
 
     both = {"plain": plain, "ours": lambda: step(batch)}
-    return compare("training step, 8 pairs", both, repeats)
+    return compare("training step, 8 pairs", both, config.repeats)
 
 
-def growth(repeats: int) -> dict:
+def batch_sizes(config: BenchConfig) -> dict:
+    """Pairs a second and memory of a training step by batch size, as far as the memory goes."""
+    model = make_model()
+    step, found = make_step(model, config), {}
+    for pairs in BATCH_SIZES if on_gpu() else BATCH_SIZES[:2]:
+        batch = make_batch(pairs, len(model.context))
+        try:
+            result = compare(f"step of {pairs} pairs", {"ours": partial(step, batch)}, 1)
+        except torch.OutOfMemoryError:
+            break
+        found[pairs] = (pairs / result["ours_s"], result["ours_mb"])
+    return {"piece": "batch sizes", "by_pairs": found}
+
+
+def growth(config: BenchConfig) -> dict:
     """What one more class, one more window and one more image cost."""
     model = make_model()
 
@@ -158,7 +187,7 @@ def growth(repeats: int) -> dict:
         segmenter = Segmenter(model.clip, model, NAMES[:classes], MaskConfig())
         image = noise_image(width, 448)
         forms = {"ours": lambda: segmenter.label_map(image, background=False)}
-        return compare(f"{classes} classes, {width} pixels", forms, repeats)["ours_s"]
+        return compare(f"{classes} classes, {width} pixels", forms, config.repeats)["ours_s"]
 
     by_class = {classes: seconds(classes, 448) for classes in (20, 120, 220, 320)}
     by_window = {1 + (width - 448) // 224: seconds(20, width) for width in (448, 672, 896, 1120)}
@@ -193,7 +222,7 @@ def write_shards(folder: str, shards: int = 4, pairs: int = 128) -> None:
                     tar.addfile(info, io.BytesIO(content))
 
 
-def loader(repeats: int) -> dict:
+def loader(config: BenchConfig) -> dict:
     """512 pairs of 512-pixel JPEGs from shards: decoding, tagging, cropping, tokenising."""
     with tempfile.TemporaryDirectory() as folder:
         write_shards(folder)
@@ -206,7 +235,7 @@ def loader(repeats: int) -> dict:
                 next(batches)
 
         name = "loader, 512 pairs of 512 pixels, 2 workers"
-        result = compare(name, {"ours": ours}, repeats)
+        result = compare(name, {"ours": ours}, config.repeats)
     return result | {"pairs_per_second": 512 / result["ours_s"]}
 
 
@@ -214,9 +243,10 @@ PIECES = {
     "refinement": refinement,
     "upsampling": upsampling,
     "text": text,
-    "window20": lambda repeats: window(20, repeats),
-    "window171": lambda repeats: window(171, repeats),
+    "window20": partial(window, 20),
+    "window171": partial(window, 171),
     "step": training_step,
+    "batches": batch_sizes,
     "growth": growth,
     "loader": loader,
 }
@@ -227,7 +257,7 @@ def print_table(results: list[dict]) -> None:
     print("| " + " | ".join([*columns, "plain MB", "ours MB", "process MB"]) + " |")
     print("|---|---|---|---|---|---|---|---|")
     for r in results:
-        if r["piece"] == "growth":
+        if "ours_s" not in r:
             continue
         plain, ours, bare = r.get("plain_s"), r["ours_s"], r.get("bare_s")
         cells = [
@@ -242,6 +272,8 @@ def print_table(results: list[dict]) -> None:
         ]
         print("| " + " | ".join(cells) + " |")
     for r in results:
+        for pairs, (speed, memory) in r.get("by_pairs", {}).items():
+            print(f"\nstep of {pairs} pairs: {speed:.1f} pairs per second, {memory:.0f} MB")
         if "pairs_per_second" in r:
             print(f"\n{r['piece']}: {r['pairs_per_second']:.0f} pairs per second")
         if r["piece"] == "growth":
@@ -261,7 +293,9 @@ def main() -> None:
     if not names:
         raise UserError(f"--only {config.only}: none of {', '.join(PIECES)}")
     if len(names) == 1:
-        results = [PIECES[names[0]](config.repeats)]
+        if names[0] != "loader":  # whose workers must not touch a GPU
+            torch.set_default_device(choose_device(config.device))
+        results = [PIECES[names[0]](config)]
     else:
         results = []
         for name in names:
@@ -275,7 +309,8 @@ def main() -> None:
                     "--json",
                     file.name,
                 ]
-                command += ["--repeats", str(config.repeats)]
+                command += ["--repeats", str(config.repeats), "--device", config.device]
+                command += ["--precision", config.precision]
                 if code := subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
                     raise UserError(f"{name}: ended with exit code {code}")
                 results += json.loads(Path(file.name).read_text())

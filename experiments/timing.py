@@ -19,15 +19,30 @@ def resident() -> float:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
+def on_gpu() -> bool:
+    """Whether tensors are made on a GPU (torch.set_default_device)."""
+    return torch.get_default_device().type == "cuda"
+
+
 def timed(function: Callable) -> float:
-    """Seconds."""
+    """Seconds, until the GPU is done too."""
+    if on_gpu():
+        torch.cuda.synchronize()
     tick = time.perf_counter()
     function()
+    if on_gpu():
+        torch.cuda.synchronize()
     return time.perf_counter() - tick
 
 
 def allocated(function: Callable) -> float:
     """MB of tensors at the peak of a function, beyond those that were there before it."""
+    if on_gpu():
+        function()  # what libraries keep for good is not the function's
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
     with torch.profiler.profile(profile_memory=True) as profiler:
         function()
     events = profiler.profiler.kineto_results.events()

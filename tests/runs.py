@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -71,6 +73,44 @@ def same_state(a: Path, b: Path) -> bool:
         and all(torch.equal(moments[0][i][k], moments[1][i][k]) for i in moments[0] for k in SUMS)
         and (a["step"], a["offsets"]) == (b["step"], b["offsets"])
     )
+
+
+def preempt(out: Path, options: tuple, moments, send: Callable, processes: int = 1) -> int:
+    """Start a run and send it a signal as soon as its log has so many lines, once for each of the
+    moments (0: before the first step); go on each time. Returns the last exit code.
+
+    Each time last.pt is there, with every step that was logged in it, before the end of the run.
+    """
+    for attempt, moment in enumerate(moments):
+        again = ("--resume",) if attempt else ()
+        running = subprocess.Popen(
+            command(*options, "--out", out, *again, processes=processes),
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # a process group of its own, as a shell gives every job
+        )
+        sign = out / ("log.jsonl" if moment else "config.json")
+        while not sign.exists() or moment and len(log(out)) < moment:
+            assert running.poll() is None, "it ended before it was preempted"
+            time.sleep(0.02)
+        send(running)
+        code = running.wait(timeout=60)
+        saved = read_checkpoint(out / "last.pt")
+        assert saved["step"] == log(out)[-1]["step"] < saved["train_config"]["steps"]
+    return code
+
+
+def to_launcher(running: subprocess.Popen) -> None:
+    running.send_signal(signal.SIGTERM)
+
+
+def to_group(running: subprocess.Popen) -> None:
+    os.killpg(running.pid, signal.SIGTERM)
+
+
+def ctrl_c(running: subprocess.Popen) -> None:
+    os.killpg(running.pid, signal.SIGINT)
 
 
 # --- segment.py -----------------------------------------------------------------------------------

@@ -1,15 +1,25 @@
 """Runs that are stopped, killed and resumed."""
 
-import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from runs import ENVIRONMENT, TINY, command, kill_all, log, same_state, start, train
+from runs import (
+    ENVIRONMENT,
+    TINY,
+    command,
+    ctrl_c,
+    kill_all,
+    preempt,
+    same_state,
+    start,
+    to_group,
+    to_launcher,
+    train,
+)
 
 from checkpoints.ours import read_checkpoint
 
@@ -26,44 +36,6 @@ def test_a_killed_run_resumed_equals_an_uninterrupted_one(tmp_path, workers):
     assert killed.wait() == -signal.SIGKILL  # it came before the end
     train(*options, "--out", tmp_path / "killed", "--resume")
     assert same_state(tmp_path / "whole", tmp_path / "killed")
-
-
-def preempt(out: Path, options: tuple, moments, send: Callable, processes: int = 1) -> int:
-    """Start a run and send it a signal as soon as its log has so many lines, once for each of the
-    moments (0: before the first step); go on each time. Returns the last exit code.
-
-    Each time last.pt is there, with every step that was logged in it, before the end of the run.
-    """
-    for attempt, moment in enumerate(moments):
-        again = ("--resume",) if attempt else ()
-        running = subprocess.Popen(
-            command(*options, "--out", out, *again, processes=processes),
-            cwd=ROOT,
-            env=ENVIRONMENT,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # a process group of its own, as a shell gives every job
-        )
-        sign = out / ("log.jsonl" if moment else "config.json")
-        while not sign.exists() or moment and len(log(out)) < moment:
-            assert running.poll() is None, "it ended before it was preempted"
-            time.sleep(0.02)
-        send(running)
-        code = running.wait(timeout=60)
-        saved = read_checkpoint(out / "last.pt")
-        assert saved["step"] == log(out)[-1]["step"] < saved["train_config"]["steps"]
-    return code
-
-
-def to_launcher(running: subprocess.Popen) -> None:
-    running.send_signal(signal.SIGTERM)
-
-
-def to_group(running: subprocess.Popen) -> None:
-    os.killpg(running.pid, signal.SIGTERM)
-
-
-def ctrl_c(running: subprocess.Popen) -> None:
-    os.killpg(running.pid, signal.SIGINT)
 
 
 PREEMPTED = (*TINY, "--steps", "40", "--checkpoint-every", "1000", "--workers", "1")
