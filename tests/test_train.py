@@ -122,8 +122,10 @@ def test_an_update_that_is_not_finite_is_left_out():
         assert torch.equal(weight, before) != moved
 
 
-def test_real_pairs(tmp_path):
+def test_real_pairs_and_where_they_have_moved(tmp_path):
     """A folder of photograph-sized images with free-form captions, on a CLIP of its own."""
+    pairs, moved = tmp_path / "pairs", tmp_path / "moved"
+    pairs.mkdir()
     captions = [
         "A man in a red jacket rides a horse along the beach.",
         "Two children with a kite, and a dog, on wet grass!",
@@ -132,18 +134,22 @@ def test_real_pairs(tmp_path):
         "nothing here",
     ]
     for i, caption in enumerate(captions):
-        Image.radial_gradient("L").convert("RGB").resize((640, 480)).save(tmp_path / f"{i}.jpg")
-        (tmp_path / f"{i}.txt").write_text(caption)
-    (tmp_path / "5.jpg").write_bytes(b"broken")
-    (tmp_path / "5.txt").write_text("a house with a garden")
-    train(
-        *("--pairs", tmp_path, "--clip", "shapes", "--context-init", "a photo of a"),
-        *("--steps", "6", "--batch-size", "4", "--workers", "1", "--log-every", "1"),
-        *("--out", tmp_path / "out"),
-    )
+        Image.radial_gradient("L").convert("RGB").resize((640, 480)).save(pairs / f"{i}.jpg")
+        (pairs / f"{i}.txt").write_text(caption)
+    (pairs / "5.jpg").write_bytes(b"broken")
+    (pairs / "5.txt").write_text("a house with a garden")
+    options = ("--clip", "shapes", "--context-init", "a photo of a", "--out", tmp_path / "out")
+    options += ("--steps", "6", "--batch-size", "4", "--workers", "1", "--log-every", "1")
+    train(*options, "--pairs", pairs)
     lines = log(tmp_path / "out")
     assert len(lines) == 6
     assert lines[-1]["skipped"].keys() == {"fewer than 2 nouns", "not an image"}
+
+    pairs.rename(moved)
+    assert "step 6 of 6" in train(*options, "--pairs", moved, "--resume").stdout
+    (moved / "0.txt").unlink()
+    other = train(*options, "--pairs", moved, "--resume", code=2)
+    assert "of another configuration: the data has other files" in other.stderr
 
 
 def test_learning_rate():
@@ -163,6 +169,10 @@ def test_learning_rate():
         ((), "--preset shapes needs no data"),
         (("--preset", "shape"), "--preset shape: not one of thesis, shapes"),
         (("--steps", "many"), "invalid int value: 'many'"),
+        (("--lr", "nan"), "--lr nan: must be a finite number"),
+        (("--lambda-hcl", "inf"), "--lambda-hcl inf: must be a finite number"),
+        (("--precision", "half", "--preset", "shapes"), "--precision half: not one of auto"),
+        (("--text-attention", "none", "--preset", "shapes"), "'words' or 'all'"),
         (("--nouns", "0"), "--nouns 0: must be at least 1"),
         (("--warmup", "15000"), "--warmup 15000.0: must be at most 1"),
         (("--stepz", "3"), "unrecognized arguments: --stepz"),
