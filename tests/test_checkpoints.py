@@ -1,12 +1,15 @@
 """Files of training: what they hold, and what is refused."""
 
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU
-from runs import TINY, train
+from conftest import CPU, ROOT
+from runs import ENVIRONMENT, TINY, train
 
 from checkpoints.ours import load_model, model_content, read_checkpoint, save_checkpoint
 from clip import load_clip
@@ -75,6 +78,20 @@ def test_a_failed_write_leaves_the_previous_file(tmp_path, monkeypatch):
         save_checkpoint({"step": 2}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_evaluation_takes_the_model_that_train_py_wrote_last(last, tmp_path):
+    """Without --checkpoint, and it says so; without that model it asks for one (test_evaluate)."""
+    command = [sys.executable, ROOT / "evaluate.py", "--dataset", "shapes", "--limit", "2"]
+    found = tmp_path / "out" / "train" / "last.pt"
+    found.parent.mkdir(parents=True)
+    shutil.copy(last, found)
+    options = dict(cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(command, **options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == (
+        "no --checkpoint given: out/train/last.pt, where train.py writes"
+    )
 
 
 def test_evaluation_of_a_training_checkpoint(last):

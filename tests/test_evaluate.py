@@ -112,7 +112,10 @@ def test_background_is_where_no_class_exceeds_the_threshold():
         (("--device", "cuda:99", "--method", "maskclip"), "--device cuda:99"),
     ],
 )
-def test_mistakes_on_the_command_line_are_one_line_and_exit_code_2(arguments, words, mistake):
+def test_mistakes_on_the_command_line_are_one_line_and_exit_code_2(
+    arguments, words, mistake, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)  # where no training has left a model
     assert words in mistake(main, *arguments)
 
 
