@@ -171,11 +171,11 @@ def main() -> None:
     check_options(config, model_config, loss_config)
     precision = choose_precision(config.precision, device)
     source = open_source(config)
+    torch.manual_seed(config.seed)
     with first_process_first():  # which fetches NLTK's data and CLIP's weights
         tagger = shapes_tagger() if config.preset == "shapes" else nltk_tagger()
         clip = load_clip(model_config.clip, model_config.clip_weights)
 
-    torch.manual_seed(config.seed)
     model = CoDe(clip, model_config).to(device)
     optimizer = make_optimizer(model, config)
     scaler = make_scaler(device, scaled=precision == torch.float16)
