@@ -139,9 +139,12 @@ class TrainConfig:
 class MaskConfig:
     """How masks of given words are made (section 4.1); the constants are the released programs'."""
 
-    checkpoint: str | None = option(None, "trained model (not needed by --method maskclip)")
-    method: str = option("code", "'code', or 'maskclip' for the training-free prior branch alone")
-    clip: str = option("ViT-B-16-quickgelu", "CLIP of --method maskclip without a checkpoint")
+    checkpoint: str | None = option(None, "trained model (for --method code)")
+    method: str = option(
+        "code", "'code', or without training 'maskclip', 'sclip', 'clearclip' or 'naclip'"
+    )
+    prior: str = option("maskclip", "dense features of code's frozen prior branch, one of the four")
+    clip: str = option("ViT-B-16-quickgelu", "CLIP of a method without training")
     clip_weights: str = option("openai", "its weights: open_clip tag, local file or 'none'")
     device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
     precision: str = option("float32", "of the matrix products: float32, bfloat16 or float16")

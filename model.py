@@ -20,7 +20,7 @@ from clip import (
     embed_texts,
     end_of_text,
     image_embedding,
-    maskclip_block,
+    maskclip,
     noun_prompts,
     project,
     text_embedding,
@@ -94,7 +94,7 @@ class ImageSegmenter(nn.Module):
     def forward(self, hidden: Tensor, image_size: tuple[int, int]) -> Tensor:
         """x^v from `clip.visual_hidden` of images of that size: (b, H, W, C), normalised."""
         patches = image_size[0] // self.patch, image_size[1] // self.patch
-        x = maskclip_block(self.block, hidden[:, 1:]).unflatten(1, patches).movedim(-1, 1)
+        x = maskclip(self.block, hidden[:, 1:], patches).unflatten(1, patches).movedim(-1, 1)
         for block in self.upsampling:
             x = block(x)  # (b, width, H, W)
         return project(self.ln_post(x.movedim(1, -1)), self.proj)

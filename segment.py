@@ -3,7 +3,7 @@
 Examples:
     python segment.py photo.jpg "a red balloon" grass --checkpoint code_released.pth
     python segment.py photo.jpg --caption "a dog and a red ball" --checkpoint code_released.pth
-    python segment.py photos/ person bicycle --checkpoint code_released.pth --html out/page.html
+    python segment.py photos/ person bicycle --method naclip --html out/page.html  # no training
 
 For every image NAME it writes NAME.overlay.png (regions and a legend; with a caption also its
 words, shaded by every noun's word mask) and NAME.labels.png (an indexed PNG of the image's size:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from checkpoints.ours import load_model
 from clip import (
+    DENSE,
     IMAGE_MEAN,
     IMAGE_STD,
     PRIOR_TEMPLATES,
@@ -32,13 +33,14 @@ from support.device import autocast, choose_precision
 class Segmenter:
     """Masks of N given words in any image; what depends on the words alone is computed once.
 
-    model: a trained CoDe, or None for MaskCLIP, the prior branch alone.
+    model: a trained CoDe, or None for the prior branch alone, with the features of --method.
     """
 
     def __init__(
         self, clip: open_clip.CLIP, model: CoDe | None, names: Sequence[str], config: MaskConfig
     ):
         self.clip, self.model, self.config = clip, model, config
+        self.features = config.method if config.method in DENSE else config.prior
         self.device = clip.text_projection.device
         self.precision = choose_precision(config.precision, self.device)
         self.patch = clip.visual.patch_size[0]
@@ -83,10 +85,9 @@ class Segmenter:
     def prior_masks(
         self, hidden: Tensor, image_size: tuple[int, int], grid: tuple[int, int]
     ) -> Tensor:
-        """The prior branch: sigmoid(w (s - b)), s the cosine of MaskCLIP's dense features and the
-        words in templates, resized from the patches: (B, N, *grid)."""
+        """The prior branch: sigmoid(w (s - b)), s: cosines of patches and words: (B, N, *grid)."""
         patches = tuple(side // self.patch for side in image_size)
-        dense = dense_embedding(self.clip, hidden)  # (B, h*w, C)
+        dense = dense_embedding(self.clip, hidden, patches, self.features)  # (B, h*w, C)
         similarity = cosines("bpc,nc->bnp", dense, self.prior_embedding).unflatten(2, patches)
         prior = (self.config.prior_scale * (similarity - self.config.prior_bias)).sigmoid()
         return F.interpolate(prior, grid, mode="bilinear", align_corners=False)
@@ -154,13 +155,15 @@ def background_threshold(config: MaskConfig) -> float:
 
 
 def load_method(config: MaskConfig, device: torch.device) -> tuple[open_clip.CLIP, CoDe | None]:
-    """The CLIP and the model (None for MaskCLIP) that the options ask for. Raises UserError."""
+    """The CLIP and the model (None without training) that the options ask for. Raises UserError."""
     if config.stride > config.window:
         raise UserError(
-            f"--stride {config.stride}: beyond --window {config.window}, gaps would stay"
+            f"--stride {config.stride} beyond --window {config.window}: gaps would stay"
         )
-    if config.method not in ("code", "maskclip"):
-        raise UserError(f"--method {config.method}: 'code' or 'maskclip'")
+    if config.method not in ("code", *DENSE):
+        raise UserError(f"--method {config.method}: 'code' or one of {', '.join(DENSE)}")
+    if config.prior not in DENSE:
+        raise UserError(f"--prior {config.prior}: not one of {', '.join(DENSE)}")
     if config.checkpoint is None:
         if config.method == "code":
             raise UserError("--method code needs --checkpoint FILE (train.py writes one)")

@@ -62,9 +62,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     if step < warmup:
         return config.lr * (1e-4 + (1 - 1e-4) * step / warmup)
     done = (step - warmup) / max(1, config.steps - warmup)
-    return config.lr * (
-        config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * done)) / 2
-    )
+    cosine = (1 + math.cos(math.pi * done)) / 2
+    return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
 
 
 def make_optimizer(model: CoDe, config: TrainConfig) -> torch.optim.AdamW:
@@ -223,7 +222,6 @@ def train(
     out, device, batches = Path(config.out), model.context.device, iter(loader)
     unfreeze_step = round(config.unfreeze * config.steps)
     grid = tuple(model.config.cells_per_patch * side for side in model.clip.visual.grid_size)
-    pairs = config.batch_size // process_count()
     learned = [p for name, p in model.named_parameters() if not name.startswith("clip.")]
     log, ddp = Log(out, config, progress.step, writes=process_rank() == 0), None
     model.train()
@@ -248,7 +246,8 @@ def train(
         log.skipped += batch.skipped
         batch = batch.to(device)
 
-        noise = logistic_noise(config.nouns, pairs, grid, config.seed, progress.step, device)
+        size = (config.nouns, len(batch.images), grid)
+        noise = logistic_noise(*size, config.seed, progress.step, device)
         with amp:
             decomposition = ddp(batch, noise)
         terms = global_losses(decomposition, model, batch, loss_config)

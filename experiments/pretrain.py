@@ -136,7 +136,8 @@ def dense_accuracy(clip: open_clip.CLIP, split: str, count: int = 200) -> float:
     scenes = [shapes.scene(split, i) for i in range(count)]
     texts = template_embedding(clip, shapes.NOUNS, PRIOR_TEMPLATES)
     images = to_input(np.stack([s.image for s in scenes]))
-    found = (dense_embedding(clip, visual_hidden(clip, images)) @ texts.T).argmax(-1).numpy()
+    features = dense_embedding(clip, visual_hidden(clip, images), clip.visual.grid_size)
+    found = (features @ texts.T).argmax(-1).numpy()
     labels = np.stack([s.label for s in scenes]).reshape(count, 8, 8, 8, 8).swapaxes(2, 3)
     labels = labels.reshape(count, 64, 64)  # scene, patch, pixel
     values = np.median(labels, axis=-1)
@@ -182,7 +183,8 @@ def cutmix_loss(
     """The words of either region's own caption from its tokens, and its nouns from its features."""
     x, inside = cutmix(x, rng, clip.visual.patch_size[0])
     words, hidden = words_in(captions), visual_hidden(clip, x)
-    tokens, dense = helpers.region_norm(hidden[:, 1:]), dense_embedding(clip, hidden)
+    tokens = helpers.region_norm(hidden[:, 1:])
+    dense = dense_embedding(clip, hidden, clip.visual.grid_size)
     prompts = [TEMPLATES[rng.integers(80)].format(noun) for noun in shapes.NOUNS]
     nouns = embed_texts(clip, tokenize(prompts))  # (18, C)
     loss = 0.0

@@ -103,7 +103,7 @@ def test_background_is_where_no_class_exceeds_the_threshold():
         (("--dataset", "voc", "--root", "nowhere"), "nowhere/VOCdevkit/VOC2012 is missing"),
         (("--dataset", "shapes"), "needs --checkpoint"),
         (("--dataset", "shapes", "--checkpoint", "nowhere.pt"), "nowhere.pt: no such checkpoint"),
-        (("--dataset", "shapes", "--method", "sam"), "'code' or 'maskclip'"),
+        (("--dataset", "shapes", "--method", "sam"), "'code' or one of maskclip, sclip"),
         (("--limit", "many"), "invalid int value: 'many'"),
         (("--limit", "0"), "--limit 0: must be at least 1"),
         (("--stride", "96", "--window", "32"), "gaps would stay"),

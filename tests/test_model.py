@@ -135,9 +135,9 @@ def test_maskclip_block_is_attention_to_oneself():
         block = clip.visual.transformer.resblocks[-1]
         alone = torch.full((17, 17), -torch.inf).fill_diagonal_(0)
         assert torch.allclose(
-            m.maskclip_block(block, hidden), block(hidden, attn_mask=alone), atol=1e-5
+            m.maskclip(block, hidden, (4, 4)), block(hidden, attn_mask=alone), atol=1e-5
         )
-        dense = dense_embedding(clip, hidden)
+        dense = dense_embedding(clip, hidden, (4, 4))
         want = clip.visual.ln_post(block(hidden, attn_mask=alone))[:, 1:] @ clip.visual.proj
         assert torch.allclose(dense, F.normalize(want, dim=-1), atol=1e-5)
 
