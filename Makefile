@@ -10,12 +10,16 @@ export OMP_WAIT_POLICY ?= PASSIVE
 	$(RUN) -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test lint format
+.PHONY: demo test check lint format
 demo: .venv/ready
 	$(RUN) -m experiments.demo
 
 test: .venv/ready
 	$(RUN) -m pytest
+
+# What a contributor runs after every change: style and the fast tests, within 90 seconds.
+check: lint
+	$(RUN) -m pytest -m "not slow"
 
 lint: .venv/ready
 	.venv/bin/ruff check .

@@ -18,6 +18,8 @@ from config import LossConfig, ModelConfig, TrainConfig, parse
 from experiments.ablate import ROWS, TABLES, main, spread, table, verdict
 from experiments.measure import nouns_of_words
 
+pytestmark = pytest.mark.slow
+
 ABLATE = (sys.executable, "-m", "experiments.ablate")
 
 

@@ -16,6 +16,8 @@ from PIL import Image
 from datasets import THESIS_DATASETS, load_benchmark
 from evaluate import IoU
 
+pytestmark = pytest.mark.slow
+
 RAW = golden.folder() / "raw"
 
 

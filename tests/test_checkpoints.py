@@ -17,6 +17,8 @@ from config import MaskConfig, ModelConfig, UserError
 from model import CoDe
 from segmenter import Segmenter
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def last(tmp_path_factory) -> Path:

@@ -16,6 +16,7 @@ from config import (
     option,
     parse,
 )
+from segmenter import background_threshold
 from support.device import choose_device
 
 
@@ -63,13 +64,38 @@ def test_every_field_has_an_explanation_and_presets_name_fields():
     assert TRAIN_PRESETS["shapes"].keys() <= names
 
 
-def test_the_defaults_are_the_thesis():
-    """Section 3.5."""
-    train, loss = TrainConfig(), LossConfig()
+def test_the_defaults_are_the_thesis_and_else_the_release():
+    """Section 3.5 and what it leaves to TCL's and CoDe's released programs."""
+    train, loss, model = TrainConfig(), LossConfig(), ModelConfig()
     assert (train.steps, train.batch_size, train.lr, train.nouns) == (50_000, 64, 5e-6, 2)
     assert train.warmup * train.steps == 15_000 and train.weight_decay == 0.05
     assert (loss.lambda_kg, loss.lambda_seg_v, loss.lambda_seg_t, loss.lambda_hcl) == (8, 1, 1, 0.5)
-    assert ModelConfig().clip == "ViT-B-16-quickgelu" and loss.pseudo_labels == "thesis"
+    assert model.clip == "ViT-B-16-quickgelu" and model.clip_weights == "openai"
+    assert loss.pseudo_labels == "thesis" and model.text_attention == "words"
+    assert train.final_lr * train.lr == 6.25e-7 and train.unfreeze * train.steps == 30_000
+    assert (train.max_grad_norm, train.min_crop) == (5.0, 0.9)
+    assert (loss.image_contrast, loss.region_contrast) == (0.1, 0.1)
+    assert (loss.area, loss.area_prior, loss.area_others) == (0.5, 0.25, 0.05)
+    assert (loss.smooth_features, loss.smooth_masks, loss.none_weight) == (1.0, 1.0, 0.5)
+    assert (model.upsampling_blocks, model.convs_per_block, model.text_layers) == (2, 1, 2)
+    assert (model.mask_scale, model.mask_bias) == (10.0, -2.5)
+    assert (model.word_scale, model.word_bias) == (10.0, 0.0)
+    assert model.context_init.split() == ["A", "photo", "of"] + ["x"] * 13
+    assert model.co_decomposition and model.word_segments
+    assert model.word_prompt and model.region_prompt
+
+
+def test_the_defaults_of_section_4_1():
+    masks = MaskConfig()
+    assert (masks.short_side, masks.long_side) == (448, 2048)
+    assert (masks.window, masks.stride) == (448, 224)
+    assert (masks.prior_weight, masks.prior_scale, masks.prior_bias) == (0.3, 10.0, 0.25)
+    assert masks.prior == "maskclip" and masks.precision == "float32"
+    assert masks.pamr and masks.pamr_iterations == 10
+    assert masks.pamr_dilations == (1, 2, 4, 8, 12, 24)
+    assert background_threshold(masks) == 0.4
+    assert background_threshold(MaskConfig(pamr=False)) == 0.5
+    assert background_threshold(MaskConfig(background=0.0)) == 0.0
 
 
 def test_an_unknown_device():

@@ -5,8 +5,11 @@ import os
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 from PIL import Image
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_demo_writes_what_it_says(tmp_path):

@@ -7,7 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
+
+pytestmark = pytest.mark.slow
 
 # A process whose internet is a zip of the small tagger; a slow one drips it.
 FETCH = """

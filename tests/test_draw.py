@@ -21,13 +21,59 @@ def test_palette_colours_differ():
     assert len(set(draw.palette(171))) == 171
 
 
-def test_sheets_and_joined_images_have_the_right_size():
-    a, b = Image.new("RGB", (30, 20)), Image.new("RGB", (10, 40))
-    assert draw.beside(a, b).size == (40, 40) and draw.below(a, b).size == (30, 60)
-    sheet = draw.contact_sheet([[a, b], [b, a]], ["one", "two"], cell=50, gap=5)
+RED, BLUE, GREEN = (200, 0, 0), (0, 0, 200), (0, 200, 0)
+
+
+def test_joined_images_lie_where_they_should():
+    a, b = Image.new("RGB", (30, 20), RED), Image.new("RGB", (10, 40), BLUE)
+    row, column = draw.beside(a, b), draw.below(a, b)
+    assert row.size == (40, 40) and column.size == (30, 60)
+    assert row.getpixel((29, 19)) == RED and row.getpixel((30, 39)) == BLUE
+    assert row.getpixel((29, 20)) == draw.PAPER  # below the shorter one
+    assert column.getpixel((29, 19)) == RED and column.getpixel((9, 20)) == BLUE
+    assert column.getpixel((10, 20)) == draw.PAPER
+
+
+def test_a_sheet_has_every_image_in_its_cell():
+    images = [
+        [Image.new("RGB", (8, 8), colour) for colour in row] for row in ((RED, BLUE), (GREEN, RED))
+    ]
+    sheet = draw.contact_sheet(images, ["one", "two"], cell=50, gap=5)
     assert sheet.size == (5 + 2 * 55, 28 + 2 * 55)
-    legend = draw.legend(["a", "much longer name"] * 5, draw.palette(10), 120)
-    assert legend.width == 120 and legend.height > 60  # several lines
+    for row, colours in enumerate(((RED, BLUE), (GREEN, RED))):
+        for column, colour in enumerate(colours):
+            left, top = 5 + column * 55, 28 + row * 55
+            assert sheet.getpixel((left, top)) == sheet.getpixel((left + 49, top + 49)) == colour
+            assert sheet.getpixel((left + 50, top)) == draw.PAPER
+    titles = np.asarray(sheet)[:28] != draw.PAPER
+    assert titles[:, 5:55].any() and titles[:, 60:110].any()
+
+
+def test_a_legend_has_a_patch_beside_every_name():
+    colours = draw.palette(10)
+    legend = np.asarray(draw.legend(["a", "much longer name"] * 5, colours, 120))
+    assert legend.shape[1] == 120 and legend.shape[0] > 60  # several lines
+    tops = []
+    for colour in colours:
+        rows, columns = np.nonzero((legend == colour).all(-1))
+        assert len(rows) == 15 * 15  # a square of 14 pixels, its edge included
+        tops.append((rows.min(), columns.min()))
+    assert tops == sorted(tops)  # in reading order
+
+
+def test_label_maps_stand_beside_the_image_and_hidden_classes_stay_untinted():
+    image = Image.new("RGB", (40, 30), (100, 100, 100))
+    label = np.zeros((30, 40), np.uint8)
+    label[:, 20:] = 2
+    label[:5] = 255
+    found = np.asarray(draw.label_maps(image, [label, label * 0 + 2], ["none", "a", "b"], (255, 0)))
+    (colour,) = draw.palette(1)
+    tint = [round(0.4 * 100 + 0.6 * value) for value in colour]
+    assert found[:30, :40].reshape(-1, 3).tolist() == [[100, 100, 100]] * 1200
+    assert abs(found[20, 40 + 30].astype(int) - tint).max() <= 1
+    assert len(set(found[20, 40 + 5].tolist())) == 1 and len(set(found[2, 40 + 30].tolist())) == 1
+    assert abs(found[20, 80 + 5].astype(int) - tint).max() <= 1
+    assert (found[30:] == colour).all(-1).sum() == 15 * 15  # one class in the legend
 
 
 def test_text_is_underlined_in_its_colour():

@@ -13,6 +13,8 @@ from config import MaskConfig
 from segment import word_masks
 from segmenter import Segmenter
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def browser():

@@ -17,6 +17,8 @@ from support.device import autocast, make_scaler
 from support.distributed import all_gather, gather_triplets, stop_processes
 from train import global_losses, logistic_noise, make_optimizer, train
 
+pytestmark = pytest.mark.slow
+
 PAIRS = 8
 THINGS = ("kite", "ball", "house", "fish", "bug", "moon", "star", "tree", "box", "heart")
 CAPTIONS = [f"a red {THINGS[i]} and a small {THINGS[i + 2]} on the grass" for i in range(PAIRS)]

@@ -26,6 +26,8 @@ from segment import (
 from segmenter import Segmenter
 from support.draw import heat
 
+pytestmark = pytest.mark.slow
+
 
 def test_words_in_an_image(world):
     done = segment(

@@ -16,6 +16,8 @@ from config import TrainConfig
 from support.device import make_scaler
 from train import learning_rate, main
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
