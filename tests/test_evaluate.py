@@ -15,7 +15,7 @@ from PIL import Image
 from config import MaskConfig
 from datasets import IGNORED, load_benchmark
 from evaluate import IoU, main
-from segmenter import Segmenter, window_starts
+from segmenter import Segmenter, window_starts, with_background
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -86,6 +86,8 @@ def test_background_is_where_no_class_exceeds_the_threshold():
     image = Image.new("RGB", (3, 1))
     assert segmenter.label_map(image, True).tolist() == [[0, 1, 2]]
     assert segmenter.label_map(image, False).tolist() == [[0, 0, 1]]
+    best, index = torch.tensor([[0.4, 0.5, 0.6]]), torch.tensor([[0, 1, 2]])
+    assert with_background(best, index, 0.5).tolist() == [[0, 0, 3]]  # it must exceed it
     # Many classes are resized a few at a time: as if it were all at once, ties included.
     scores = (torch.rand(40, 5, 7) * 8).round() / 8
     full = F.interpolate(scores[None], (9, 13), mode="bilinear", align_corners=False)[0]

@@ -45,6 +45,11 @@ def test_eq_3_7_info_nce():
     assert losses.info_nce(a, b, log_scale.exp()).item() == pytest.approx(want, rel=1e-5)
 
 
+def test_the_temperatures_start_at_0_07(model):
+    scales = {name: scale.item() for name, scale in model.logit_scales().items()}
+    assert scales == pytest.approx(dict.fromkeys(("image", "region", "hcl"), 1 / 0.07), rel=1e-5)
+
+
 def test_the_scales_of_the_contrasts_are_capped_at_100(model):
     with torch.no_grad():
         model.image_log_scale.fill_(1.3)
