@@ -69,6 +69,14 @@ def test_overlapping_windows_are_averaged():
     np.testing.assert_allclose(scores[0, 0], want)
 
 
+def test_sides_are_rounded_and_the_long_one_is_limited():
+    config = MaskConfig(short_side=32, long_side=64, window=32, stride=32, pamr=False)
+    segmenter = Segmenter(random_clip(), None, ["kite"], config)
+    assert segmenter.scores(Image.new("RGB", (44, 30))).shape == (1, 32, 47)  # 46.93
+    assert segmenter.scores(Image.new("RGB", (30, 41))).shape == (1, 44, 32)  # 43.73
+    assert segmenter.scores(Image.new("RGB", (200, 40))).shape == (1, 13, 64)  # 12.8
+
+
 def test_odd_sizes_are_padded_and_cut_back():
     segmenter = Segmenter(random_clip(), random_model(), ["kite", "bug"], MaskConfig(pamr=False))
     image = torch.randn(1, 3, 35, 30)
