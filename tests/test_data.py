@@ -244,6 +244,9 @@ def test_nothing_but_bad_data_stops():
 def test_a_batch_has_what_its_pairs_say():
     (batch,) = take(make_stream(Counted(8), pairs=2), 1)
     assert batch.images.shape == (2, 3, 32, 32)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    black = (-mean / std)[:, None, None].expand(3, 32, 32)  # ImageNet's statistics
+    assert torch.allclose(batch.images[0], black) and torch.allclose(batch.images[1], black)
     assert len(batch.noun_tokens) == len(batch.knowledge_tokens) == 4
     # Noun-major: rows 0, 1 are the first nouns, rows 2, 3 the second ones of the same pairs.
     kite, ball = tokenize(["kite", "ball"])[:, 1].tolist()
