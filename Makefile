@@ -15,11 +15,11 @@ demo: .venv/ready
 	$(RUN) -m experiments.demo
 
 test: .venv/ready
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 # What a contributor runs after every change: style and the fast tests, within 90 seconds.
 check: lint
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: .venv/ready
 	.venv/bin/ruff check .
