@@ -56,6 +56,32 @@ def test_fifty_in_a_row_stop_the_run(tmp_path, monkeypatch):
         run_loop(tmp_path / "50", 60, set(range(1, 51)), monkeypatch)
 
 
+def test_gradients_are_clipped_to_the_norm_that_is_asked_for(tmp_path):
+    model = random_model()
+    batch = replace(some_batch(model), position=(0, 0, 1))
+    config = TrainConfig(
+        out=str(tmp_path), steps=1, batch_size=3, max_grad_norm=0.01, unfreeze=0.0, warmup=0.0
+    )
+    parts = (train.make_optimizer(model, config), make_scaler(CPU, False))
+    amp = autocast(CPU, torch.float32)
+    train.train(model, *parts, amp, [batch], Progress(), [], config, LossConfig())
+    left = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    (line,) = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
+    assert left.item() == pytest.approx(0.01, rel=1e-3) and line["grad_norm"] > 0.1
+
+
+def test_noise_follows_from_seed_and_step():
+    def noise(**changes):
+        arguments = dict(nouns=2, pairs=3, grid=(4, 4), seed=1, step=5, device=CPU) | changes
+        return train.logistic_noise(**arguments)
+
+    assert noise().shape == (2, 3, 4, 4) and torch.equal(noise(), noise())
+    for other in (noise(step=6), noise(seed=2)):
+        assert not torch.equal(noise(), other)
+    many = noise(pairs=2000)  # logistic: mean 0, standard deviation pi / sqrt(3)
+    assert many.mean().abs() < 0.02 and many.std().item() == pytest.approx(1.8138, rel=0.02)
+
+
 def test_the_optimizer_is_section_3_5s():
     """AdamW; decay on matrices and kernels, none on biases, LayerNorms, prompts and scalars."""
     model = random_model()
