@@ -1,0 +1,86 @@
+"""Runs that a cluster or Ctrl-C stops: what they save, and that they go on bit for bit."""
+
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from runs import (
+    ENVIRONMENT,
+    TINY,
+    command,
+    ctrl_c,
+    preempt,
+    same_state,
+    to_group,
+    to_launcher,
+    train,
+)
+
+from checkpoints.ours import read_checkpoint, save_checkpoint
+
+pytestmark = pytest.mark.slow
+
+PREEMPTED = (*TINY, "--steps", "40", "--checkpoint-every", "1000", "--workers", "1")
+
+
+@pytest.fixture(scope="module")
+def whole(request, tmp_path_factory) -> tuple[Path, int]:
+    """An undisturbed run of so many processes, and how many."""
+    out = tmp_path_factory.mktemp("whole")
+    train(*PREEMPTED, "--out", out, processes=request.param)
+    return out, request.param
+
+
+def as_the_version_before_wrote_it(path: Path) -> None:
+    content = read_checkpoint(path)
+    for before, now in (("places", "offsets"), ("turn", "next_worker")):
+        content[before] = content.pop(now)
+    del content["data"], content["model_config"]["text_attention"]
+    del content["train_config"]["precision"], content["train_config"]["timeout"]
+    content["train_config"]["compile"] = False
+    save_checkpoint(content, path)
+
+
+def unchanged(path: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    "whole, send, moments, rewrite",
+    [
+        (2, to_launcher, (0, 15), unchanged),
+        (2, to_group, (6,), unchanged),
+        (1, ctrl_c, (11,), as_the_version_before_wrote_it),
+    ],
+    indirect=["whole"],
+)
+def test_a_preempted_run_saves_and_goes_on_bit_for_bit(whole, send, moments, rewrite, tmp_path):
+    """Slow: every moment starts processes anew. Loader workers get the group's signals too."""
+    undisturbed, processes = whole
+    code = preempt(tmp_path, PREEMPTED, moments, send, processes)
+    assert code == 0 or processes > 1  # torchrun reports a failure of its own
+    rewrite(tmp_path / "last.pt")
+    train(*PREEMPTED, "--out", tmp_path, "--resume", processes=processes)
+    assert same_state(undisturbed, tmp_path)
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    """The first one waits for an evaluation of half a minute, the second does not."""
+    evaluation = ("--eval-dataset", "shapes", "--eval-every", "1")
+    running = subprocess.Popen(
+        command(*TINY, "--steps", "9", "--workers", "1", "--out", tmp_path, *evaluation),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while not (tmp_path / "log.jsonl").exists():
+        assert running.poll() is None
+        time.sleep(0.05)
+    ctrl_c(running)
+    time.sleep(1.2)
+    assert running.poll() is None  # still evaluating
+    ctrl_c(running)
+    assert running.wait(timeout=2) == 130
