@@ -70,6 +70,24 @@ def test_gradients_are_clipped_to_the_norm_that_is_asked_for(tmp_path):
     assert left.item() == pytest.approx(0.01, rel=1e-3) and line["grad_norm"] > 0.1
 
 
+def test_the_second_phase_begins_at_its_step(tmp_path, monkeypatch):
+    """Section 3.5: at 60 % of the steps the copy of the last visual block joins."""
+    trains, losses = [], train.global_losses
+
+    def watched(decomposition, model, *arguments):
+        trains.append(all(p.requires_grad for p in model.image_segmenter.block.parameters()))
+        return losses(decomposition, model, *arguments)
+
+    monkeypatch.setattr(train, "global_losses", watched)
+    model = random_model()
+    batch = replace(some_batch(model), position=(0, 0, 1))
+    config = TrainConfig(out=str(tmp_path), steps=10, batch_size=3)
+    parts = (train.make_optimizer(model, config), make_scaler(CPU, False))
+    amp = autocast(CPU, torch.float32)
+    train.train(model, *parts, amp, [batch] * 10, Progress(), [], config, LossConfig())
+    assert trains == [False] * 6 + [True] * 4
+
+
 def test_noise_follows_from_seed_and_step():
     def noise(**changes):
         arguments = dict(nouns=2, pairs=3, grid=(4, 4), seed=1, step=5, device=CPU) | changes
