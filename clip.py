@@ -197,63 +197,6 @@ def visual_hidden(clip: open_clip.CLIP, images: Tensor) -> Tensor:
     return x
 
 
-# What the last visual block does instead of attending, so that features stay where they are: from
-# hidden states with the class token first, x (B, 1 + h*w, width), to its output.
-
-
-def maskclip(block: ResidualAttentionBlock, x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A = 1: every token attends to itself alone; residual and MLP kept, as TCL does (MaskCLIP,
-    Zhou et al., ECCV 2022). Token by token, so the class token may be missing."""
-    _, _, v = heads(block, x)
-    x = x + merged(block, v)
-    return x + block.mlp(block.ln_2(x))
-
-
-def sclip(block: ResidualAttentionBlock, x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A = softmax(s q q^T) + softmax(s k k^T), s = 1 / sqrt(d); residual and MLP kept (SCLIP, Wang
-    et al., ECCV 2024)."""
-    q, k, v = heads(block, x)
-    attend = F.scaled_dot_product_attention
-    x = x + merged(block, attend(q, q, v) + attend(k, k, v))
-    return x + block.mlp(block.ln_2(x))
-
-
-def clearclip(block: ResidualAttentionBlock, x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A = softmax(s q q^T), neither residual nor MLP (ClearCLIP, Lan et al., ECCV 2024)."""
-    q, _, v = heads(block, x)
-    return merged(block, F.scaled_dot_product_attention(q, q, v))
-
-
-def naclip(block: ResidualAttentionBlock, x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A = softmax(s k k^T + w), neither residual nor MLP (NACLIP, Hajimiri et al., WACV 2025).
-
-    w_pq = exp(-|p - q|^2 / (2 * 5^2)) of patches p, q of the grid, 0 with the class token.
-    """
-    _, k, v = heads(block, x)
-    return merged(block, F.scaled_dot_product_attention(k, k, v, attn_mask=nearness(grid, k)))
-
-
-def nearness(grid: tuple[int, int], like: Tensor) -> Tensor:
-    """NACLIP's w, (1 + h*w, 1 + h*w), on the device and in the type of another tensor."""
-    ys, xs = (torch.arange(side, device=like.device, dtype=torch.float32) for side in grid)
-    place = torch.cartesian_prod(ys, xs)  # (h*w, 2)
-    weight = (-(place[:, None] - place).square().sum(-1) / (2 * 5**2)).exp()
-    return F.pad(weight, (1, 0, 1, 0)).to(like.dtype)
-
-
-DENSE = {"maskclip": maskclip, "sclip": sclip, "clearclip": clearclip, "naclip": naclip}
-
-
-def dense_embedding(
-    clip: open_clip.CLIP, hidden: Tensor, grid: tuple[int, int], method: str = "maskclip"
-) -> Tensor:
-    """Dense features of a method in DENSE from `visual_hidden` of a grid of patches, projected and
-    normalised: (B, h*w, C)."""
-    visual = clip.visual
-    x = DENSE[method](visual.transformer.resblocks[-1], hidden, grid)
-    return project(visual.ln_post(x[:, 1:]), visual.proj)
-
-
 def image_embedding(clip: open_clip.CLIP, images: Tensor) -> Tensor:
     """E^v, CLIP's image embedding read at the class token, normalised: (B, 3, S, S) -> (B, C)."""
     visual = clip.visual

@@ -137,33 +137,61 @@ class TrainConfig:
 
 @dataclass
 class MaskConfig:
-    """How masks of given words are made (section 4.1); the constants are the released programs'."""
+    """How masks of given words are made (section 4.1); the constants are the released programs'.
+
+    What is None here follows from the protocol: `completed` in `datasets/protocols.py`.
+    """
 
     checkpoint: str | None = option(None, "trained model (for --method code)")
-    method: str = option(
-        "code", "'code', or without training 'maskclip', 'sclip', 'clearclip' or 'naclip'"
+    method: str | None = option(
+        None,
+        "'code' (default), or without training 'maskclip', 'sclip', 'clearclip' or 'naclip' "
+        "(segment.py's default without --checkpoint)",
+    )
+    protocol: str | None = option(
+        None,
+        "'thesis' (default): section 4.1; 'training-free': as methods without training publish "
+        "(segment.py's default for them)",
     )
     prior: str = option("maskclip", "dense features of code's frozen prior branch, one of the four")
+    names: str | None = option(
+        None, "file of words, a class a line, alternatives by commas: the best one counts"
+    )
+    background_words: str | None = option(
+        None, "words by commas; where one of them is the best, a pixel is background"
+    )
     clip: str = option("ViT-B-16-quickgelu", "CLIP of a method without training")
     clip_weights: str = option("openai", "its weights: open_clip tag, local file or 'none'")
     device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
     precision: str = option("float32", "of the matrix products: float32, bfloat16 or float16")
     background: float | None = option(
         None,
-        "threshold below which a pixel is background; default: 0.4, without PAMR 0.5",
+        "threshold below which a pixel is background; default: 0.4, without PAMR 0.5 "
+        "(training-free: 0.1)",
         low=0,
         high=1,
     )
     pamr: bool = option(True, "refine the masks with PAMR")
     pamr_iterations: int = option(10, "steps of PAMR", low=0)
-    pamr_dilations: tuple[int, ...] = option((1, 2, 4, 8, 12, 24), "distances of PAMR's neighbours")
+    pamr_dilations: tuple[int, ...] | None = option(
+        None, "distances of PAMR's neighbours; default: 1 2 4 8 12 24 (training-free: 8 16)"
+    )
     prior_weight: float = option(0.3, "share of the prior branch in the masks", low=0, high=1)
     prior_scale: float = option(10.0, "prior branch: w in sigmoid(w (s - b))")
     prior_bias: float = option(0.25, "prior branch: b in sigmoid(w (s - b))")
-    short_side: int = option(448, "images are resized to this short side", low=1)
+    softmax_scale: float | None = option(
+        None, "training-free protocol: factor of the cosines before the softmax; default: 40"
+    )
+    short_side: int | None = option(
+        None, "images are resized to this short side; default: 448 (training-free: 336)", low=1
+    )
     long_side: int = option(2048, "or to this long side if it would be longer", low=1)
-    window: int = option(448, "side of a sliding window", low=1)
-    stride: int = option(224, "distance of two windows", low=1)
+    window: int | None = option(
+        None, "side of a sliding window; default: 448 (training-free: 224)", low=1
+    )
+    stride: int | None = option(
+        None, "distance of two windows; default: 224 (training-free: 112)", low=1
+    )
 
 
 @dataclass
@@ -172,6 +200,9 @@ class EvalConfig:
 
     dataset: str = option("shapes", "a benchmark, or 'all' for the six of the thesis's table 4.1")
     root: str = option("data", "folder with the raw benchmark folders")
+    predictions: str | None = option(
+        None, "folder of label maps to be evaluated, as --save-predictions writes them"
+    )
     json: str | None = option(None, "file to write the metrics to")
     save_predictions: str | None = option(None, "folder for label maps as indexed PNGs, raw ids")
     show: int = option(0, "write N images: image, ground truth, prediction, legend", low=0)

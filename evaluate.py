@@ -18,10 +18,13 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from config import MASK_PRESETS, EvalConfig, MaskConfig, TrainConfig, parse, run
+from checkpoints import load_method
+from config import MASK_PRESETS, EvalConfig, MaskConfig, TrainConfig, UserError, parse, run
 from datasets import IGNORED, THESIS_DATASETS, Benchmark, load_benchmark, read_ahead
+from datasets.predictions import check_predictions, read_prediction
+from datasets.protocols import completed, described, with_words
 from model import CoDe
-from segmenter import Segmenter, background_threshold, load_method
+from segmenter import Segmenter
 from support.device import choose_device
 from support.distributed import (
     first_process_first,
@@ -32,6 +35,7 @@ from support.distributed import (
 )
 from support.draw import indexed, label_maps, save_png
 from support.files import refuse_folder, save_text
+from support.tables import print_table, table_4_1
 
 
 class IoU:
@@ -66,22 +70,29 @@ def make_segmenter(
     clip: open_clip.CLIP, model: CoDe | None, benchmark: Benchmark, config: MaskConfig
 ) -> Segmenter:
     """A segmenter of the benchmark's classes; "background" is no word to look for."""
-    return Segmenter(clip, model, benchmark.class_names[int(benchmark.background) :], config)
+    names, config = with_words(completed(config, benchmark.name), benchmark)
+    return Segmenter(clip, model, names, config)
 
 
-def evaluate(segmenter: Segmenter, benchmark: Benchmark, config: EvalConfig) -> dict:
+def evaluate(segmenter: Segmenter | None, benchmark: Benchmark, config: EvalConfig) -> dict:
     """Metrics of a benchmark: mIoU, IoU by class and pixel accuracy, in percent.
 
-    Started by torchrun, every process takes its share of the images, and all get the same metrics.
+    They are the segmenter's or, without one, those of the label maps in --predictions. Started by
+    torchrun, every process takes its share of the images, and all get the same metrics.
     """
-    settings, images = segmenter.config, len(benchmark.stems)
+    images = len(benchmark.stems)
+    what = described(segmenter.config) if segmenter else f"predictions of {config.predictions}"
     count = images if config.limit is None else min(config.limit, images)
     rank = process_rank()
     iou = IoU(len(benchmark.class_names))
     mine = range(rank, count, process_count())
-    bar = tqdm(mine, f"{benchmark.name} ({settings.method})", disable=rank > 0, file=sys.stderr)
+    bar = tqdm(mine, f"{benchmark.name} ({what})", disable=rank > 0, file=sys.stderr)
     for i, (image, label) in zip(bar, read_ahead(benchmark, mine)):
-        predicted = segmenter.label_map(image, benchmark.background).cpu().numpy()
+        if segmenter is None:
+            folder = folder_of(config.predictions, benchmark, config)
+            predicted = read_prediction(folder, benchmark, i, image.size)
+        else:
+            predicted = segmenter.label_map(image, benchmark.background).cpu().numpy()
         iou.add(predicted, label)
         bar.set_postfix(mIoU=f"{iou.mean():.2f}", refresh=False)
         name = f"{benchmark.stems[i]}.png"
@@ -109,7 +120,8 @@ def evaluate(segmenter: Segmenter, benchmark: Benchmark, config: EvalConfig) -> 
         "mIoU": iou.mean(),
         "pixel_accuracy": iou.pixel_accuracy(),
         "IoU": per_class,
-        "settings": asdict(settings) | {"background": background_threshold(settings)},
+        "method": what,
+        "settings": asdict(segmenter.config if segmenter else config),
     }
 
 
@@ -118,57 +130,38 @@ def folder_of(folder: str, benchmark: Benchmark, config: EvalConfig) -> Path:
     return Path(folder) / benchmark.name if config.dataset == "all" else Path(folder)
 
 
-def print_table(metrics: dict) -> None:
-    """IoU by class, then the line that counts."""
-    width = max(map(len, metrics["IoU"]))
-    for name, value in metrics["IoU"].items():
-        print(f"{name:{width}}  {'     -' if value is None else f'{value:6.2f}'}")
-    partial = "  (partial: not all images)" if metrics["partial"] else ""
-    print(
-        f"{metrics['dataset']}: mIoU {metrics['mIoU']:.2f}, pixel accuracy "
-        f"{metrics['pixel_accuracy']:.2f}, {metrics['images']} images{partial}"
-    )
-
-
-def table_4_1(results: list[dict], method: str) -> str:
-    """The row of the thesis's table 4.1 for our metrics, above the thesis's own."""
-    header = ["", "VOC", "Context", "Object", "Stuff", "City", "ADE", "Avg."]
-    ours = [result["mIoU"] for result in results]
-    partial = " (partial)" if any(result["partial"] for result in results) else ""
-    rows = [
-        header,
-        ["---"] * len(header),
-        [f"{method}, here{partial}", *(f"{f:.1f}" for f in [*ours, np.mean(ours)])],
-        ["CoDe, as the thesis reports it", "57.7", "30.5", "32.3", "23.9", "28.9", "17.7", "31.8"],
-    ]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
 def main() -> None:
     config, settings = parse(__doc__, EvalConfig, MaskConfig, presets=MASK_PRESETS)
     if config.json:
         refuse_folder(config.json)  # not after an hour
     names = THESIS_DATASETS if config.dataset == "all" else [config.dataset]
     benchmarks = [load_benchmark(name, config.root) for name in names]
+    if config.predictions and (settings.checkpoint or settings.method):
+        raise UserError("--predictions and --checkpoint or --method: give one of them")
+    for benchmark in benchmarks if config.predictions else ():
+        check_predictions(folder_of(config.predictions, benchmark, config), benchmark)
     device = choose_device(settings.device)
     start_processes(device, config.timeout)
     trained = Path(TrainConfig().out, "last.pt")
-    if settings.checkpoint is None and settings.method == "code" and trained.exists():
+    wanted = settings.checkpoint is None and settings.method in (None, "code")
+    if wanted and not config.predictions and trained.exists():
         settings.checkpoint = str(trained)
         if process_rank() == 0:
             print(f"no --checkpoint given: {trained}, where train.py writes", flush=True)
-    with first_process_first():  # which fetches CLIP's weights
-        clip, model = load_method(settings, device)
+    clip = model = None
+    if not config.predictions:
+        with first_process_first():  # which fetches CLIP's weights
+            clip, model = load_method(completed(settings), device)
     results = []
     for benchmark in benchmarks:
-        segmenter = make_segmenter(clip, model, benchmark, settings)
+        segmenter = make_segmenter(clip, model, benchmark, settings) if clip else None
         results.append(evaluate(segmenter, benchmark, config))
         if process_rank() == 0:
             print_table(results[-1])
     if process_rank() == 0:
         content = results[0]
         if config.dataset == "all":
-            print(table_4_1(results, settings.method))
+            print(table_4_1(results))
             average = float(np.mean([result["mIoU"] for result in results]))
             partial = any(result["partial"] for result in results)
             content = {"average": average, "partial": partial, "datasets": results}

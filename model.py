@@ -20,7 +20,6 @@ from clip import (
     embed_texts,
     end_of_text,
     image_embedding,
-    maskclip,
     noun_prompts,
     project,
     text_embedding,
@@ -30,6 +29,7 @@ from clip import (
     visual_hidden,
 )
 from config import ModelConfig, UserError
+from dense import maskclip
 from support.distributed import gather_triplets
 
 # --- 3.2 region masks -----------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """Segment any words in any image, or an image and its caption together (figures 4.2 and 4.4).
 
 Examples:
+    python segment.py photo.jpg "a red balloon" grass             # CLIP's own weights: NACLIP
     python segment.py photo.jpg "a red balloon" grass --checkpoint code_released.pth
     python segment.py photo.jpg --caption "a dog and a red ball" --checkpoint code_released.pth
-    python segment.py photos/ person bicycle --method naclip --html out/page.html  # no training
+    python segment.py photos/ person bicycle --html out/page.html
 
 For every image NAME it writes NAME.overlay.png (regions and a legend; with a caption also its
 words, shaded by every noun's word mask) and NAME.labels.png (an indexed PNG of the image's size:
@@ -11,13 +12,11 @@ words, shaded by every noun's word mask) and NAME.labels.png (an indexed PNG of 
 read is named, the others are done, and the exit code is 2.
 """
 
-import base64
-import io
 import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from checkpoints import load_method
 from clip import (
     PRIOR_TEMPLATES,
     SHAPES_ARCHITECTURE,
@@ -35,12 +35,31 @@ from clip import (
 )
 from config import MASK_PRESETS, MaskConfig, UserError, option, parse, run
 from data import nltk_tagger, select_nouns, shapes_tagger
+from datasets.protocols import (
+    alternatives,
+    completed,
+    described,
+    read_names,
+    training_free_names,
+)
+from dense import TRAINING_FREE_TEMPLATES
 from model import CoDe, word_mask
-from segmenter import Segmenter, arg_max, background_threshold, load_method, with_background
+from segmenter import Segmenter, arg_max, with_background
 from sources import IMAGE_SUFFIXES, BadSample, read_image
 from support.device import choose_device
-from support.draw import below, coloured_text, heat, indexed, legend, overlay, palette, save_png
-from support.files import refuse_folder, save_text, whole_file
+from support.draw import (
+    below,
+    coloured_text,
+    enlargement,
+    heat,
+    indexed,
+    legend,
+    overlay,
+    palette,
+    save_png,
+)
+from support.files import refuse_folder, save_text
+from support.page import page_item, word_content, write_page
 
 
 @dataclass
@@ -93,14 +112,17 @@ def images_and_words(inputs: Sequence[str]) -> tuple[list[Path], list[str]]:
     return images, list(dict.fromkeys(words))
 
 
-def queries(words: Sequence[str], config: SegmentConfig) -> list[str]:
-    """The words, or the nouns of the caption. Raises UserError."""
+def queries(words: Sequence[str], config: SegmentConfig, settings: MaskConfig) -> list[str]:
+    """The words, the lines of --names, or the nouns of the caption. Raises UserError."""
+    sources = {"words": words, "--names": settings.names, "--caption": config.caption is not None}
+    if len(given := [name for name, value in sources.items() if value]) > 1:
+        raise UserError(f"{given[0]} and {given[1]}: give one of them")
+    if settings.names is not None:
+        return read_names(settings.names)
     if config.caption is None:
         if not words:
             raise UserError("no words to look for: name some after the images, or a --caption")
         return list(words)
-    if words:
-        raise UserError(f"{words[0]!r} and --caption: give words or a caption, not both")
     if not config.caption:
         raise UserError("--caption: it is empty")
     nouns = select_nouns(
@@ -111,12 +133,40 @@ def queries(words: Sequence[str], config: SegmentConfig) -> list[str]:
     return nouns
 
 
-def check_lengths(names: Sequence[str], context_length: int) -> None:
+def chosen(settings: MaskConfig, names: Sequence[str]) -> MaskConfig:
+    """The options completed for any image: without a checkpoint NACLIP, and without training its
+    own protocol, in which the things that may surround the names are the background's words."""
+    if settings.method is None and settings.checkpoint is None:
+        settings = replace(settings, method="naclip")
+    if settings.protocol is None and settings.method not in (None, "code"):
+        settings = replace(settings, protocol="training-free")
+    settings = completed(settings)
+    if settings.background_words is None and settings.protocol == "training-free":
+        (common, *_) = training_free_names("shapes" if settings.clip == "shapes" else "voc")
+        asked = {name for line in names for name in alternatives(line, "words")}
+        others = [word for word in alternatives(common, "words") if word not in asked]
+        settings = replace(settings, background_words=",".join(others))
+    return settings
+
+
+def load_segmenter(words: Sequence[str], **options) -> Segmenter:
+    """A segmenter of these words, to be called with PIL images.
+
+    options: fields of `config.MaskConfig`, such as checkpoint="code_released.pth"; without one it
+    is NACLIP on CLIP's own weights, which are fetched the first time. Raises UserError.
+    """
+    settings = chosen(MaskConfig(**options), words)
+    clip, model = load_method(settings, choose_device(settings.device))
+    return Segmenter(clip, model, words, settings)
+
+
+def check_lengths(names: Sequence[str], context_length: int, templates: Sequence[str]) -> None:
     """CLIP's text tower holds 75 tokens beside SOS and EOT: the learned context and the query, or
-    a template of the prior branch and the query."""
-    templates = (len(tokens_of(template.format(""))) for template in PRIOR_TEMPLATES)
-    room = 75 - max(context_length, *templates)
-    for name in names:
+    a hand-written template and the query."""
+    room = 75 - max(context_length, *(len(tokens_of(form.format(""))) for form in templates))
+    for name in (name for line in names for name in alternatives(line, "words")):
+        if not tokens_of(name):
+            raise UserError("an empty query: name words to look for")
         if (count := len(tokens_of(name))) > room:
             raise UserError(f"{name[:40]!r}...: {count} tokens, a query holds {room} at most")
 
@@ -145,11 +195,6 @@ def word_masks(model: CoDe, caption: str, nouns: Sequence[str]) -> np.ndarray:
     masks = word_mask(model.text_segmenter.word_logits(x_t, n))[0, :, 1:-1]  # (J, tokens)
     parts = masks.cpu().split([len(piece) for piece in pieces], dim=1)
     return torch.stack([part.mean(1) for part in parts], dim=1).numpy()
-
-
-def enlargement(image: Image.Image) -> int:
-    """How many times larger a small image is shown."""
-    return max(1, round(400 / max(image.size)))
 
 
 def figure_of(
@@ -181,63 +226,34 @@ def shares(result: Result, names: Sequence[str]) -> dict:
     return found
 
 
-def data_uri(image: Image.Image, form: str) -> str:
-    file = io.BytesIO()
-    image.save(file, form, quality=88)
-    return f"data:image/{form.lower()};base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def page_item(
-    result: Result,
-    index: np.ndarray,
-    names: Sequence[str],
-    config: SegmentConfig,
-    threshold: float,
-    masks: np.ndarray | None,
-) -> dict:
-    """What page.html shows of one image, at 1,024 pixels at most."""
-    scale = min(1.0, 1024 / max(result.image.size))
-    width, height = (max(1, round(side * scale)) for side in result.image.size)
-    rows = ((np.arange(height) + 0.5) / height * len(index)).astype(int)
-    columns = ((np.arange(width) + 0.5) / width * index.shape[1]).astype(int)
-    here = np.ix_(rows, columns)
-    # Red: the best query; green and blue: its mask in 16 bits, which the page's threshold cuts.
-    quantised = (result.best[here] * 65535).round().astype(np.uint16)
-    packed = np.stack([index[here], quantised >> 8, quantised & 255], axis=-1)
-    image = result.image.resize((width, height), Image.Resampling.LANCZOS)
-    return {
-        "name": result.name,
-        "width": width,
-        "height": height,
-        "image": data_uri(image, "PNG" if enlargement(image) > 1 else "JPEG"),
-        "masks": data_uri(Image.fromarray(packed.astype(np.uint8)), "PNG"),
-        "threshold": 0 if config.no_background else threshold,
-        "queries": [{"name": n, "colour": c} for n, c in zip(names, palette(len(names)))],
-        "caption": config.caption or "",
-        "words": (config.caption or "").split() if masks is not None else [],
-        "word_masks": [] if masks is None else masks.round(3).tolist(),
-    }
-
-
 def check_options(config: SegmentConfig, settings: MaskConfig) -> None:
     """What the dataclasses cannot say. Raises UserError."""
     if config.preset not in ("thesis", "shapes"):
         raise UserError(f"--preset {config.preset}: 'thesis' or 'shapes'")
-    if config.no_background and settings.background is not None:
-        raise UserError("--no-background and --background: give one of them")
+    for name in ("background", "background_words"):
+        if config.no_background and getattr(settings, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"--no-background and {flag}: give one of them")
+    if config.no_background:
+        settings.background_words = ""
     for name in filter(None, (config.json, config.html)):
         refuse_folder(name)  # not after all the images
 
 
 def check_method(
-    clip: open_clip.CLIP, model: CoDe | None, names: Sequence[str], config: SegmentConfig
+    clip: open_clip.CLIP,
+    model: CoDe | None,
+    names: Sequence[str],
+    config: SegmentConfig,
+    protocol: str,
 ) -> None:
     """Whether this CLIP and this model can do what is asked for. Raises UserError."""
     of_shapes = clip.text_projection.shape[0] == SHAPES_ARCHITECTURE["embed_dim"]
     if of_shapes != (config.preset == "shapes"):
         change = "add --preset shapes" if of_shapes else "leave --preset shapes out"
         raise UserError(f"this CLIP is {'' if of_shapes else 'not '}the shapes world's: {change}")
-    check_lengths(names, len(model.context) if model is not None else 0)
+    templates = PRIOR_TEMPLATES if protocol == "thesis" else TRAINING_FREE_TEMPLATES
+    check_lengths(names, len(model.context) if model is not None else 0, templates)
     if config.caption is not None and (model is None or not model.decomposes_text):
         raise UserError("--caption: this method has no text segmenter; name words instead")
 
@@ -248,14 +264,22 @@ def main() -> None:
     paths, words = images_and_words(config.inputs)
     if config.caption is not None:
         config.caption = " ".join(word for word in config.caption.split() if tokens_of(word))
-    names = queries(words, config)
+    names = queries(words, config, settings)
     if len(names) > 255:
         raise UserError(f"{len(names)} queries: an indexed PNG holds 255 at most")
+    if settings.checkpoint is None and settings.method is None:
+        weights = f"{settings.clip}, {settings.clip_weights}"
+        if weights == f"{MaskConfig.clip}, {MaskConfig.clip_weights}":
+            weights += ", 600 MB the first time"
+        print(f"no --checkpoint: NACLIP, without training, on CLIP's own weights ({weights})")
+    settings = chosen(settings, names)
     clip, model = load_method(settings, choose_device(settings.device))
-    check_method(clip, model, names, config)
+    check_method(clip, model, names, config, settings.protocol)
     masks = None if config.caption is None else word_masks(model, config.caption, names)
     segmenter = Segmenter(clip, model, names, settings)
-    threshold = background_threshold(settings)
+    asked = settings.names or f"{len(names)} words"
+    print(described(replace(settings, names=asked)), flush=True)
+    names = [line.split(",")[0] for line in names]  # what a class is called
     flat_palette = [0, 0, 0, *(value for colour in palette(len(names)) for value in colour)]
 
     out, taken, found, items, bad = Path(config.out), set(), {}, [], 0
@@ -272,25 +296,27 @@ def main() -> None:
         taken.add(name)
         scores, size = segmenter.scores(image), (image.height, image.width)
         best, index = (value.cpu() for value in arg_max(scores, size))
-        labels = index + 1 if config.no_background else with_background(best, index, threshold)
+        index = index - segmenter.behind
+        labels = (
+            index + 1 if config.no_background else with_background(best, index, settings.background)
+        )
         result = Result(name, image, best.numpy(), labels.numpy())
         save_png(figure_of(result, names, config.caption, masks), out / f"{name}.overlay.png")
         save_png(indexed(result.labels, flat_palette), out / f"{name}.labels.png")
         if config.show_scores:
-            for i, score in enumerate(scores, start=1):
+            for i, score in enumerate(scores[segmenter.behind :], start=1):
                 score = F.interpolate(score[None, None], size, mode="bilinear")[0, 0].cpu().numpy()
                 save_png(heat(image, score), out / f"{name}.score-{i}.png")
         found[str(path)] = shares(result, names)
         if config.html:
-            items.append(page_item(result, index.numpy(), names, config, threshold, masks))
+            shown = 0 if config.no_background else settings.background
+            here = page_item(name, image, best.numpy(), index.numpy(), names, shown)
+            items.append(here | word_content(config.caption, masks))
         print(f"{path}: {summary(found[str(path)])}; {out / name}.overlay.png", flush=True)
     if config.json:
         save_text(json.dumps(found, indent=1), config.json)
     if config.html and items:
-        page = Path(__file__).with_name("support").joinpath("page.html").read_text()
-        content = json.dumps(items).replace("<", "\\u003c")  # no caption can close the script
-        with whole_file(config.html) as temporary:
-            temporary.write_text(page.replace("/*DATA*/[]", content))
+        write_page(items, config.html)
     if bad:
         print(f"{bad} of {len(paths)} images could not be read", file=sys.stderr)
         sys.exit(2)

@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from checkpoints import load_method
 from config import MASK_PRESETS, EvalConfig, MaskConfig, UserError, option, parse, run
 from data import select_nouns, shapes_tagger
 from datasets import Benchmark, shapes
+from datasets.protocols import completed
 from evaluate import evaluate, make_segmenter
-from segmenter import Segmenter, load_method
+from segmenter import Segmenter
 from support.draw import below, coloured_text, contact_sheet, legend, overlay, palette, save_png
 from support.files import save_text
 
@@ -81,7 +83,7 @@ def main() -> None:
     for title, method in (("MaskCLIP", "maskclip"), ("CoDe", "code")):
         for pamr in (True, False):
             settings = replace(base, method=method, pamr=pamr)
-            clip, model = load_method(settings, torch.device("cpu"))
+            clip, model = load_method(completed(settings), torch.device("cpu"))
             segmenter = make_segmenter(clip, model, benchmark, settings)
             name = title if pamr else f"{title}, not refined"
             metrics[name] = evaluate(segmenter, benchmark, EvalConfig())

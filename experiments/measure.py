@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torchvision.transforms.functional import normalize, to_tensor
 
+from checkpoints import load_method
 from clip import (
     IMAGE_MEAN,
     IMAGE_STD,
@@ -22,9 +23,10 @@ from clip import (
 from config import MASK_PRESETS, MaskConfig
 from data import select_nouns, shapes_tagger
 from datasets import load_benchmark, shapes
+from datasets.protocols import completed
 from evaluate import IoU, make_segmenter
 from model import CoDe, highlight_image, highlight_text
-from segmenter import Segmenter, arg_max, load_method, with_background
+from segmenter import Segmenter, arg_max, with_background
 
 THRESHOLDS = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)  # of the background; 0.4 is the thesis's
 
@@ -34,7 +36,7 @@ def segmenter_of(checkpoint: Path | None) -> Segmenter:
     method = "code" if checkpoint else "maskclip"
     path = str(checkpoint) if checkpoint else None
     settings = MaskConfig(**MASK_PRESETS["shapes"], checkpoint=path, method=method)
-    clip, model = load_method(settings, torch.device("cpu"))
+    clip, model = load_method(completed(settings), torch.device("cpu"))
     return make_segmenter(clip, model, load_benchmark("shapes", ""), settings)
 
 

@@ -33,7 +33,6 @@ from clip import (
     PRIOR_TEMPLATES,
     SHAPES_ARCHITECTURE,
     SHAPES_WEIGHTS,
-    dense_embedding,
     embed_texts,
     image_embedding,
     template_embedding,
@@ -42,6 +41,7 @@ from clip import (
 )
 from config import option, parse, run
 from datasets import shapes
+from dense import dense_embedding
 
 TEMPLATES = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
 ADJECTIVES = (*shapes.COLOURS, *shapes.PATTERNS, *shapes.SMALL, *shapes.LARGE)

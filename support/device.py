@@ -1,5 +1,8 @@
 """This process's device and the precision of its matrix products."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from config import UserError
@@ -44,3 +47,14 @@ def make_scaler(device: torch.device, scaled: bool) -> torch.amp.GradScaler:
     if scaled:
         return torch.amp.GradScaler(device.type)
     return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
+
+
+@contextlib.contextmanager
+def enough_memory(advice: str) -> Iterator[None]:
+    """Turns running out of memory, on a GPU or a CPU, into a UserError with advice."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise UserError(f"out of memory: {advice}") from error
+        raise

@@ -45,6 +45,11 @@ def overlay(
     return Image.fromarray(result.clip(0, 255).astype(np.uint8))
 
 
+def enlargement(image: Image.Image) -> int:
+    """How many times larger a small image is shown."""
+    return max(1, round(400 / max(image.size)))
+
+
 def label_maps(
     image: Image.Image,
     maps: Sequence[np.ndarray],

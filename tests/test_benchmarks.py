@@ -1,5 +1,7 @@
 """The six benchmarks in miniature, through the command line of evaluate.py."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -14,7 +16,9 @@ from conftest import ROOT
 from PIL import Image
 
 from datasets import THESIS_DATASETS, load_benchmark
-from evaluate import IoU
+from datasets.protocols import PROTOCOLS
+from dense import DENSE
+from evaluate import IoU, main
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +54,7 @@ def all_six(checkpoint, tmp_path_factory) -> Path:
         *("--json", str(out / "metrics.json"), "--save-predictions", str(out)),
     )
     assert done.returncode == 0, done.stderr
-    assert "| code, here |" in done.stdout
+    assert "| thesis protocol, code with 30% maskclip prior, refined, class names |" in done.stdout
     return out
 
 
@@ -80,6 +84,55 @@ def test_iou_of_the_expected_label_maps(name):
     assert len(benchmark.stems) == want["images"]
     for got, value in zip(iou.per_class(), want["iou"].values()):  # given to three decimals
         assert (value is None and np.isnan(got)) or got == pytest.approx(value, abs=5.1e-4)
+
+
+def test_saved_predictions_give_the_same_metrics(all_six, tmp_path, monkeypatch):
+    """To the last digit, on every benchmark, raw ids going out and coming back."""
+    json_file = tmp_path / "again.json"
+    arguments = ("--dataset", "all", "--root", str(RAW), "--predictions", str(all_six))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, "--json", str(json_file)])
+    main()
+    again = json.loads(json_file.read_text())
+    first = json.loads((all_six / "metrics.json").read_text())
+    assert again["average"] == first["average"] > 0
+    for one, two in zip(first["datasets"], again["datasets"], strict=True):
+        for name in ("dataset", "mIoU", "IoU", "pixel_accuracy", "images"):
+            assert one[name] == two[name], (one["dataset"], name)
+        assert two["method"] == f"predictions of {all_six}"
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("method", ["code", *DENSE])
+def test_all_methods_under_both_protocols(method, protocol, checkpoint, tmp_path, monkeypatch):
+    """An image of each benchmark; every line, table row and JSON entry says how it was made."""
+    monkeypatch.setattr("segmenter.TRAINING_FREE_TEMPLATES", ["a photo of a {}."])  # not all 80
+    arguments = ("--dataset", "all", "--root", str(RAW), "--checkpoint", checkpoint, "--limit", "1")
+    arguments += ("--method", method, "--protocol", protocol, "--no-pamr")
+    monkeypatch.setattr(sys, "argv", ["e.py", *arguments, "--json", str(tmp_path / "m.json")])
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        main()
+    prior = " with 30% maskclip prior" if method == "code" else ""
+    names = "class names" if protocol == "thesis" else "training-free names"
+    how = f"{protocol} protocol, {method}{prior}, not refined, {names}"
+    lines = said.getvalue().splitlines()
+    assert sum(line.endswith(f"; {how}") for line in lines) == 6
+    assert any(line.startswith(f"| {how} (partial) |") for line in lines)
+    content = json.loads((tmp_path / "m.json").read_text())["datasets"]
+    assert [entry["method"] for entry in content] == [how] * 6
+    for entry in content:
+        settings = entry["settings"]
+        assert settings["protocol"] == protocol and settings["method"] == method
+        assert 0 <= entry["mIoU"] < 40 and entry["images"] == 1
+    voc, _, _, stuff, cityscapes, _ = (entry["settings"] for entry in content)
+    if protocol == "training-free":
+        assert voc["background_words"].startswith("sky,wall,tree")
+        assert (voc["window"], stuff["window"]) == (2048 if method == "naclip" else 224, 224)
+        assert (stuff["short_side"], cityscapes["short_side"]) == (336, 560)
+        assert voc["softmax_scale"] == (65 if method == "sclip" else 40)
+    else:
+        assert voc["background_words"] is None and voc["background"] == 0.5
+        assert voc["window"] == cityscapes["short_side"] == 448
 
 
 def test_torchrun_gives_the_same_metrics(checkpoint, all_six, tmp_path):

@@ -16,7 +16,8 @@ from config import (
     option,
     parse,
 )
-from segmenter import background_threshold
+from datasets import THESIS_DATASETS
+from datasets.protocols import completed
 from support.device import choose_device
 
 
@@ -86,16 +87,39 @@ def test_the_defaults_are_the_thesis_and_else_the_release():
 
 
 def test_the_defaults_of_section_4_1():
-    masks = MaskConfig()
+    masks = completed(MaskConfig())
+    assert (masks.protocol, masks.method) == ("thesis", "code")
     assert (masks.short_side, masks.long_side) == (448, 2048)
     assert (masks.window, masks.stride) == (448, 224)
     assert (masks.prior_weight, masks.prior_scale, masks.prior_bias) == (0.3, 10.0, 0.25)
     assert masks.prior == "maskclip" and masks.precision == "float32"
     assert masks.pamr and masks.pamr_iterations == 10
     assert masks.pamr_dilations == (1, 2, 4, 8, 12, 24)
-    assert background_threshold(masks) == 0.4
-    assert background_threshold(MaskConfig(pamr=False)) == 0.5
-    assert background_threshold(MaskConfig(background=0.0)) == 0.0
+    assert masks.background == 0.4 and masks.background_words is None
+    assert completed(MaskConfig(pamr=False)).background == 0.5
+    assert completed(MaskConfig(background=0.0)).background == 0.0
+
+
+def test_the_defaults_of_methods_without_training():
+    """Sizes, windows, scales and thresholds that they publish with."""
+
+    def of(method: str, dataset: str, **more) -> MaskConfig:
+        return completed(MaskConfig(method=method, protocol="training-free", **more), dataset)
+
+    for method in ("maskclip", "sclip", "clearclip", "naclip"):
+        for dataset in THESIS_DATASETS:
+            config = of(method, dataset)
+            whole = method == "naclip" and dataset == "voc"
+            assert config.short_side == (560 if dataset == "cityscapes" else 336)
+            assert (config.window, config.stride) == (2048 if whole else 224, 112)
+            assert config.background == 0.1 and config.pamr_dilations == (8, 16)
+            scales = {"voc": 65, "context": 50, "coco_object": 50} if method == "sclip" else {}
+            assert config.softmax_scale == scales.get(dataset, 40)
+    changed = of("sclip", "voc", softmax_scale=10.0, window=64, background=0.0, short_side=100)
+    assert (changed.softmax_scale, changed.window, changed.background) == (10.0, 64, 0.0)
+    assert completed(changed) == changed and changed.short_side == 100
+    with pytest.raises(UserError, match="--protocol published: not one of thesis, training-free"):
+        completed(MaskConfig(protocol="published"))
 
 
 def test_an_unknown_device():

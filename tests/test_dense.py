@@ -8,10 +8,13 @@ import torch.nn.functional as F
 from conftest import CPU, random_clip, random_model
 from PIL import Image
 
+from checkpoints import load_method
 from checkpoints.released import rebuild_released
-from clip import DENSE, dense_embedding, visual_hidden
+from clip import visual_hidden
 from config import MaskConfig, UserError
-from segmenter import Segmenter, load_method
+from datasets.protocols import completed
+from dense import DENSE, dense_embedding
+from segmenter import Segmenter
 
 
 @pytest.mark.parametrize("method", DENSE)
@@ -89,4 +92,4 @@ def test_dense_embeddings_are_unit_vectors_of_patches():
 
 def test_an_unknown_prior_is_refused():
     with pytest.raises(UserError, match="--prior dino: not one of maskclip, sclip, clearclip"):
-        load_method(MaskConfig(checkpoint="x.pt", prior="dino"), CPU)
+        load_method(completed(MaskConfig(checkpoint="x.pt", prior="dino")), CPU)

@@ -5,14 +5,15 @@ import re
 
 from conftest import ROOT
 
-SHELF = ("model", "losses", "clip", "pamr", "data", "sources", "config", "segmenter")
+SHELF = ("model", "losses", "clip", "dense", "pamr", "data", "sources", "config", "segmenter")
 SCRIPTS = ("train", "evaluate", "segment")
 # From the ground up: a file imports from lower floors, or from its own folder.
 FLOORS = (
     ("config", "pamr"),
     ("support",),
     ("clip", "datasets"),
-    ("model", "sources"),
+    ("dense", "sources"),
+    ("model",),
     ("losses", "data", "checkpoints"),
     ("segmenter",),
     SCRIPTS,

@@ -10,7 +10,6 @@ from torch import nn
 
 import model as m
 from clip import (
-    dense_embedding,
     embed_texts,
     end_of_text,
     image_embedding,
@@ -20,6 +19,7 @@ from clip import (
     visual_hidden,
 )
 from config import ModelConfig, UserError
+from dense import dense_embedding, maskclip
 
 
 def test_eq_3_2_word_logits(model):
@@ -135,7 +135,7 @@ def test_maskclip_block_is_attention_to_oneself():
         block = clip.visual.transformer.resblocks[-1]
         alone = torch.full((17, 17), -torch.inf).fill_diagonal_(0)
         assert torch.allclose(
-            m.maskclip(block, hidden, (4, 4)), block(hidden, attn_mask=alone), atol=1e-5
+            maskclip(block, hidden, (4, 4)), block(hidden, attn_mask=alone), atol=1e-5
         )
         dense = dense_embedding(clip, hidden, (4, 4))
         want = clip.visual.ln_post(block(hidden, attn_mask=alone))[:, 1:] @ clip.visual.proj

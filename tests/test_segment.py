@@ -1,30 +1,34 @@
 """segment.py: any image, any words, and the caption beside it."""
 
+import functools
 import json
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CPU
+import torch
+from conftest import CPU, ROOT
 from PIL import Image
 from runs import OPTIONS, SETTINGS, segment
 
 from checkpoints.ours import load_model
 from clip import noun_prompts, text_hidden, tokenize
-from config import MaskConfig, UserError
+from config import MASK_PRESETS, MaskConfig, UserError
 from datasets import shapes
 from segment import (
     Result,
-    SegmentConfig,
+    chosen,
     images_and_words,
     main,
-    page_item,
     shares,
     tokens_of,
     word_masks,
 )
 from segmenter import Segmenter
 from support.draw import heat
+from support.page import page_item
 
 pytestmark = pytest.mark.slow
 
@@ -56,6 +60,83 @@ def test_without_background_every_pixel_has_a_word(world, tmp_path):
     arguments = ("scene.png", "bug", "sand", "--no-background", "--out", tmp_path, *OPTIONS[:-2])
     assert segment(*arguments, folder=world).returncode == 0
     assert set(np.unique(Image.open(tmp_path / "scene.labels.png"))) == {1, 2}
+
+
+@pytest.mark.parametrize(
+    "options, clip",
+    [
+        (("--preset", "shapes"), "shapes, openai"),
+        # Where nothing can be fetched; few words of the background, whose embeddings take long.
+        (("--clip-weights", "none", "--background-words", "sky"), "ViT-B-16-quickgelu, none"),
+    ],
+)
+def test_without_a_checkpoint(options, clip, world, tmp_path):
+    """As a new user types it."""
+    done = segment("scene.png", "bug", "sand", *options, "--out", tmp_path, folder=world)
+    assert done.returncode == 0, done.stderr
+    first, how, line = done.stdout.splitlines()
+    want = "no --checkpoint: NACLIP, without training, on CLIP's own weights"
+    assert first == f"{want} ({clip})"
+    assert how == "training-free protocol, naclip, refined, 2 words"
+    assert line.startswith("scene.png: bug ")
+    with Image.open(tmp_path / "scene.labels.png") as stored:
+        assert stored.size == (64, 64)
+
+
+def test_the_first_time_is_announced(monkeypatch, capsys, world):
+    def fetched(*_):
+        raise UserError("no network")
+
+    monkeypatch.setattr("segment.load_method", fetched)
+    monkeypatch.setattr(sys, "argv", ["segment.py", str(world / "scene.png"), "bug"])
+    with pytest.raises(UserError, match="no network"):
+        main()
+    assert "(ViT-B-16-quickgelu, openai, 600 MB the first time)" in capsys.readouterr().out
+
+
+def test_names_from_a_file(world, tmp_path):
+    """A line a class, the best alternative counts; the first one is what it is called."""
+    (tmp_path / "names.txt").write_text("bug, beetle\nsand\n")
+    options = ("--names", tmp_path / "names.txt", "--json", tmp_path / "s.json")
+    done = segment("scene.png", *options, "--out", tmp_path, *OPTIONS, folder=world)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "s.json").read_text())["scene.png"]
+    assert list(found) == ["bug", "sand"]
+    with Image.open(tmp_path / "scene.labels.png") as stored:
+        labels = np.asarray(stored)
+    model = load_model(str(world / "code.pt"), CPU)
+    segmenter = Segmenter(model.clip, model, ["bug,beetle", "sand"], MaskConfig(**SETTINGS))
+    image = Image.open(world / "scene.png").convert("RGB")
+    assert np.array_equal(labels, segmenter.label_map(image, background=True).numpy())
+
+
+def test_words_of_the_background_that_are_asked_for_are_none(world):
+    settings = chosen(MaskConfig(clip="shapes"), ["bug", "sand, snow"])
+    assert settings.background_words == "grass,water,brick,wood"
+    assert (settings.method, settings.protocol) == ("naclip", "training-free")
+    assert chosen(MaskConfig(), ["sky"]).background_words.startswith("wall,tree")
+    assert chosen(MaskConfig(background_words="sky"), ["sky"]).background_words == "sky"
+    trained = chosen(MaskConfig(checkpoint="x.pt"), ["sky"])
+    assert (trained.method, trained.protocol, trained.background_words) == ("code", "thesis", None)
+    compared = chosen(MaskConfig(method="sclip", protocol="thesis"), ["sky"])
+    assert (compared.protocol, compared.background_words) == ("thesis", None)
+
+
+def test_from_python_as_the_readme_shows_it(world, tmp_path, monkeypatch):
+    """Three lines, of a training-free method and of a trained one."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len([line for line in code.splitlines() if not line.startswith(("from", "import"))]) <= 3
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(shapes.scene("test", 1).image).save("photo.jpg")
+    for more in ({}, {"checkpoint": str(world / "code.pt")}):
+        of_shapes = functools.partial(MaskConfig, **MASK_PRESETS["shapes"], **more)
+        monkeypatch.setattr("segment.MaskConfig", of_shapes)
+        names: dict = {}
+        exec(code, names)
+        masks, scores = names["masks"], names["scores"]
+        assert masks.shape == scores.shape == (2, 64, 64) and masks.dtype == torch.bool
+        assert (masks.sum(0) <= 1).all() and 0 <= scores.min() < scores.max() <= 1
+        assert (names["segmenter"].model is None) == (not more)
 
 
 def test_any_mode_and_orientation_and_a_bad_one_between_them(world, tmp_path):
@@ -98,7 +179,7 @@ def test_any_mode_and_orientation_and_a_bad_one_between_them(world, tmp_path):
         (("scene.png",), "no words to look for"),
         (("missing.png", "bug"), "missing.png: no such image"),
         (("scene.png", " "), "an empty query"),
-        (("scene.png", "bug", "--caption", "a bug"), "not both"),
+        (("scene.png", "bug", "--caption", "a bug"), "give one of them"),
         (("scene.png", "--caption", " "), "--caption: it is empty"),
         (("scene.png", "--caption", "it is so"), "no nouns found"),
         (("scene.png", "--caption", "a bug " * 40), "80 tokens"),
@@ -116,6 +197,10 @@ def test_any_mode_and_orientation_and_a_bad_one_between_them(world, tmp_path):
         (("scene.png", "bug", "--preset", "forms"), "'thesis' or 'shapes'"),
         (("scene.png", "--caption", "a bug", "--checkpoint", "baseline.pt"), "no text segmenter"),
         ((".", "--checkpoint", "none.pt", "bug"), "none.pt"),
+        (("scene.png", "bug", "--names", "none.txt"), "words and --names: give one of them"),
+        (("scene.png", "--names", "none.txt"), "--names none.txt: cannot be read"),
+        (("scene.png", "bug,"), "an empty name in 'bug,'"),
+        (("scene.png", "bug", "--method", "sam"), "--method sam: 'code' or one of"),
         (("nothing", "bug"), "no images (.jpg"),
     ],
 )
@@ -171,6 +256,6 @@ def test_heat_goes_from_dark_to_bright():
 def test_large_images_are_shown_smaller_on_the_page():
     index = np.zeros((30, 4000), np.int64)
     index[:, 2000:] = 1
-    result = Result("x", Image.new("RGB", (4000, 30)), np.full((30, 4000), 0.6), index + 1)
-    item = page_item(result, index, ["a", "b"], SegmentConfig(), 0.4, None)
+    best = np.full((30, 4000), 0.6)
+    item = page_item("x", Image.new("RGB", (4000, 30)), best, index, ["a", "b"], 0.4)
     assert (item["width"], item["height"]) == (1024, 8)
