@@ -254,6 +254,33 @@ def test_a_batch_has_what_its_pairs_say():
     assert {nouns[0], nouns[2]} == {nouns[1], nouns[3]} == {kite, ball}
 
 
+class Ramp(Counted):
+    """The same image for every pair: red grows to the right, green downwards."""
+
+    def read(self, index, rng):
+        ramp = np.linspace(0, 255, 64).astype(np.uint8)
+        red, green = np.broadcast_arrays(ramp[None], ramp[:, None])
+        return Image.fromarray(np.stack([red, green, 0 * red], -1)), "a kite and a ball"
+
+
+def test_a_crop_keeps_as_much_of_the_image_as_it_should():
+    spans = {}
+    for least in (1.0, 0.3):
+        (batch,) = take(make_stream(Ramp(64), pairs=64, min_crop=least), 1)
+        red, green = (batch.images[:, c] * std for c, std in ((0, 0.229), (1, 0.224)))
+        across = (red[:, 0, -1] - red[:, 0, 0]).abs()
+        down = (green[:, -1, 0] - green[:, 0, 0]).abs()
+        spans[least] = across * down  # share of the image
+    assert spans[1.0].min() > 0.85  # whole images, but for half a cell at each border
+    assert spans[0.3].min() < 0.5 and 0.25 < spans[0.3].min()
+
+
+def test_every_pair_of_an_epoch_is_augmented_in_its_own_way():
+    (batch,) = take(make_stream(Ramp(16), pairs=16, min_crop=0.3), 1)
+    assert len({image.sum().item() for image in batch.images}) > 12
+    assert len({tuple(row.tolist()) for row in batch.knowledge_tokens}) > 12
+
+
 def test_folder(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         sources.Folder(str(tmp_path / "nowhere"))
