@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -32,6 +33,7 @@ from clip import embed_texts, load_clip, tokenize, visual_hidden
 from config import LossConfig, MaskConfig, ModelConfig, TrainConfig, UserError, option, parse, run
 from data import Batch, PairStream, collate, make_loader, nltk_tagger
 from datasets import ade20k, coco_stuff, voc
+from dense import DENSE
 from experiments.textbook import padded, plain_forms, plain_pamr
 from experiments.timing import compare, on_gpu, peak_memory
 from model import CoDe, UpsamplingBlock
@@ -118,13 +120,23 @@ def window(classes: int, config: BenchConfig) -> dict:
         with plain_forms():
             ours()
 
-    @torch.no_grad()
-    def bare():
-        with plain_forms():
-            clip.visual.transformer.resblocks[-1](visual_hidden(clip, x))
-
-    forms = {"plain": plain, "ours": ours, "bare": bare}
+    forms = {"plain": plain, "ours": ours, "bare": partial(bare_tower, clip, x)}
     return compare(f"window of 448, {classes} classes", forms, config.repeats)
+
+
+@torch.no_grad()
+def bare_tower(clip: open_clip.CLIP, images: torch.Tensor) -> None:
+    with plain_forms():
+        clip.visual.transformer.resblocks[-1](visual_hidden(clip, images))
+
+
+def dense_window(method: str, config: BenchConfig) -> dict:
+    """One 448-pixel window of a method without training, to the cosines with 20 words."""
+    clip, x = make_model().clip, torch.randn(1, 3, 448, 448)
+    settings = MaskConfig(method=method, protocol="training-free", precision=config.precision)
+    segmenter = Segmenter(clip, None, NAMES[:20], settings)
+    forms = {"ours": partial(segmenter.masks, x), "bare": partial(bare_tower, clip, x)}
+    return compare(f"window of 448, {method}", forms, config.repeats)
 
 
 def make_batch(pairs: int, context_length: int) -> Batch:
@@ -245,6 +257,7 @@ PIECES = {
     "text": text,
     "window20": partial(window, 20),
     "window171": partial(window, 171),
+    **{f"window_{method}": partial(dense_window, method) for method in DENSE},
     "step": training_step,
     "batches": batch_sizes,
     "growth": growth,
@@ -300,16 +313,9 @@ def main() -> None:
         results = []
         for name in names:
             with tempfile.NamedTemporaryFile(suffix=".json") as file:
-                command = [
-                    sys.executable,
-                    "-m",
-                    "experiments.bench",
-                    "--only",
-                    name,
-                    "--json",
-                    file.name,
-                ]
-                command += ["--repeats", str(config.repeats), "--device", config.device]
+                command = [sys.executable, "-m", "experiments.bench", "--only", name]
+                command += ["--json", file.name, "--repeats", str(config.repeats)]
+                command += ["--device", config.device]
                 command += ["--precision", config.precision]
                 if code := subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
                     raise UserError(f"{name}: ended with exit code {code}")

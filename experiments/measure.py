@@ -31,24 +31,28 @@ from segmenter import Segmenter, arg_max, with_background
 THRESHOLDS = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)  # of the background; 0.4 is the thesis's
 
 
-def segmenter_of(checkpoint: Path | None) -> Segmenter:
-    """The refined segmenter of a run on the held-out scenes; without a checkpoint, MaskCLIP's."""
-    method = "code" if checkpoint else "maskclip"
+def segmenter_of(checkpoint: Path | None, **options) -> Segmenter:
+    """The segmenter of a run on the held-out scenes; without a checkpoint MaskCLIP's, or that of
+    another --method. options: fields of MaskConfig."""
+    options = {"method": "code" if checkpoint else "maskclip"} | options
     path = str(checkpoint) if checkpoint else None
-    settings = MaskConfig(**MASK_PRESETS["shapes"], checkpoint=path, method=method)
+    settings = MaskConfig(**MASK_PRESETS["shapes"] | {"checkpoint": path} | options)
     clip, model = load_method(completed(settings), torch.device("cpu"))
     return make_segmenter(clip, model, load_benchmark("shapes", ""), settings)
 
 
-def mean_ious(segmenter: Segmenter, scenes: int) -> dict[str, float]:
+def mean_ious(
+    segmenter: Segmenter, scenes: int, thresholds: Sequence[float] = THRESHOLDS
+) -> dict[str, float]:
     """mIoU on held-out scenes at every threshold of the background, masks being made once."""
     benchmark = load_benchmark("shapes", "")
-    sums = {threshold: IoU(len(benchmark.class_names)) for threshold in THRESHOLDS}
+    sums = {threshold: IoU(len(benchmark.class_names)) for threshold in thresholds}
     for i in range(scenes):
         image = benchmark.image(i)
         best, index = arg_max(segmenter.scores(image), image.size[::-1])
         for threshold, iou in sums.items():
-            iou.add(with_background(best, index, threshold).numpy(), benchmark.label(i))
+            labels = with_background(best, index - segmenter.behind, threshold)
+            iou.add(labels.numpy(), benchmark.label(i))
     return {str(threshold): iou.mean() for threshold, iou in sums.items()}
 
 
