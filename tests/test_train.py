@@ -11,9 +11,9 @@ from conftest import CPU, ROOT, free_port
 from PIL import Image
 from runs import ENVIRONMENT, TINY, log, train
 
+import support.log
 from checkpoints.ours import load_model, read_checkpoint
 from config import TrainConfig
-import support.log
 from support.device import make_scaler
 from train import learning_rate, main
 
