@@ -83,16 +83,18 @@ def test_processes_that_share_a_gpu_have_the_losses_of_one(tmp_path):
         assert value == pytest.approx(terms[name].item(), rel=1e-4, abs=1e-5), name
 
 
-def test_windows_and_refinement_against_the_cpus():
+@pytest.mark.parametrize("method, protocol", [("code", "thesis"), ("naclip", "training-free")])
+def test_windows_and_refinement_against_the_cpus(method, protocol):
     torch.manual_seed(0)
     image, masks = torch.rand(1, 3, 60, 80), torch.rand(1, 5, 60, 80)
     assert torch.allclose(pamr(image, masks), pamr(image.cuda(), masks.cuda()).cpu(), atol=1e-4)
-    config = MaskConfig(window=32, stride=16, short_side=40)
+    config = MaskConfig(window=32, stride=16, short_side=40, method=method, protocol=protocol)
     picture = Image.radial_gradient("L").convert("RGB").resize((90, 70))
     scores = []
     for device in (CPU, choose_device("cuda")):
         model = random_model().to(device)
-        segmenter = Segmenter(model.clip, model, ["kite", "bug"], config)
+        trained = model if method == "code" else None
+        segmenter = Segmenter(model.clip, trained, ["kite", "bug"], config)
         scores.append(segmenter.scores(picture).cpu())
     assert torch.allclose(*scores, atol=1e-4)
 

@@ -131,11 +131,24 @@ def fake(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("trained", [True, False])
-def test_a_window_on_a_fake_gpu(precision, trained, fake_cuda):
+@pytest.mark.parametrize(
+    "method, protocol",
+    [
+        ("code", "thesis"),
+        ("maskclip", "thesis"),
+        ("code", "training-free"),
+        ("sclip", "training-free"),
+        ("clearclip", "training-free"),
+        ("naclip", "training-free"),
+    ],
+)
+def test_a_window_on_a_fake_gpu(precision, method, protocol, fake_cuda):
     model = random_model()
-    config = MaskConfig(window=32, stride=16, short_side=32, precision=precision)
-    segmenter = Segmenter(model.clip, model if trained else None, ["kite", "bug"], config)
+    config = MaskConfig(
+        window=32, stride=16, short_side=32, precision=precision, method=method, protocol=protocol
+    )
+    words = ["kite", "bug, beetle"]
+    segmenter = Segmenter(model.clip, model if method == "code" else None, words, config)
     with fake_cuda():
         on_gpu(model)
         segmenter.device = torch.device("cuda", 0)
@@ -144,4 +157,4 @@ def test_a_window_on_a_fake_gpu(precision, trained, fake_cuda):
                 setattr(segmenter, name, fake(value))
         scores = segmenter.scores(Image.new("RGB", (48, 40)))
         assert scores.device.type == "cuda" and scores.dtype == torch.float32
-        assert scores.shape == (2, 32, 38)
+        assert scores.shape == ((2, 32, 38) if protocol == "thesis" else (2, 40, 48))
