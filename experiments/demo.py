@@ -2,11 +2,13 @@
 
     python -m experiments.demo            # or `make demo`; a few minutes on two cores, no download
 
-Writes into --out: last.pt (the checkpoint), sheet.png, metrics.json, metrics.md, and scenes/ with
-some held-out images and captions for segment.py.
+Writes into --out: last.pt (the checkpoint), snapshots/ of the training (for `make read`), sheet.png,
+metrics.json, metrics.md, scenes/ with some held-out images and captions for segment.py, and
+page.html with these scenes to be explored.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +18,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from config import MASK_PRESETS, EvalConfig, MaskConfig, UserError, option, parse, run
+from checkpoints.ours import read_checkpoint
+from config import MASK_PRESETS, TRAIN_PRESETS, EvalConfig, MaskConfig, UserError, option, parse, run
 from data import select_nouns, shapes_tagger
 from datasets import Benchmark, shapes
 from evaluate import evaluate, make_segmenter
@@ -25,6 +28,7 @@ from support.draw import below, coloured_text, contact_sheet, legend, overlay, p
 from support.files import save_text
 
 TRAIN = Path(__file__).parents[1] / "train.py"
+SNAPSHOT_SHARES = (1 / 16, 1 / 4, 1 / 2)  # of the steps: 50, 200 and 400 of 800
 
 
 @dataclass
@@ -64,15 +68,37 @@ def sheet(segmenters: dict[str, Segmenter], benchmark: Benchmark, rows: int) -> 
     return below(grid, legend(list(by_noun), colours, grid.width))
 
 
+def train_with_snapshots(out: Path, steps: int | None) -> None:
+    """Run train.py anew on the shapes world and keep copies of last.pt in snapshots/STEP.pt.
+
+    train.py writes last.pt whole every sixteenth of the steps, which takes seconds: whoever looks
+    five times a second misses none. Raises UserError.
+    """
+    last, kept = out / "last.pt", out / "snapshots"
+    shutil.rmtree(kept, ignore_errors=True)
+    for name in ("last.pt", "log.jsonl"):  # an earlier demonstration's
+        (out / name).unlink(missing_ok=True)
+    kept.mkdir(parents=True)
+    steps = steps or TRAIN_PRESETS["shapes"]["steps"]
+    wanted, newest = [int(steps * share) for share in SNAPSHOT_SHARES], None
+    command = [sys.executable, str(TRAIN), "--preset", "shapes", "--out", str(out)]
+    command += ["--steps", str(steps), "--checkpoint-every", str(max(1, steps // 16))]
+    with subprocess.Popen(command) as training:
+        while training.poll() is None:
+            time.sleep(0.2)
+            if last.exists() and (written := last.stat().st_mtime_ns) != newest:
+                newest, copy = written, shutil.copyfile(last, kept / "newest")
+                if (step := read_checkpoint(copy)["step"]) in wanted:
+                    copy.rename(kept / f"{step}.pt")
+    (kept / "newest").unlink(missing_ok=True)
+    if training.returncode:
+        raise UserError(f"training ended with exit code {training.returncode}")
+
+
 def main() -> None:
     (config,) = parse(__doc__, DemoConfig)
     out, start = Path(config.out), time.time()
-    for name in ("last.pt", "log.jsonl"):  # an earlier demonstration's
-        (out / name).unlink(missing_ok=True)
-    train = [sys.executable, str(TRAIN), "--preset", "shapes"]
-    train += ["--out", config.out] + (["--steps", str(config.steps)] if config.steps else [])
-    if code := subprocess.run(train).returncode:
-        raise UserError(f"training ended with exit code {code}")
+    train_with_snapshots(out, config.steps)
     trained = time.time() - start
 
     base = MaskConfig(**MASK_PRESETS["shapes"], checkpoint=str(out / "last.pt"))
