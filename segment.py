@@ -219,6 +219,14 @@ def page_item(
     }
 
 
+def save_page(items: Sequence[dict], path: str | Path) -> None:
+    """Write a self-contained page of `page_item`s. Raises UserError."""
+    page = Path(__file__).with_name("support").joinpath("page.html").read_text()
+    content = json.dumps(items).replace("<", "\\u003c")  # no caption can close the script
+    with whole_file(path) as temporary:
+        temporary.write_text(page.replace("/*DATA*/[]", content))
+
+
 def check_options(config: SegmentConfig, settings: MaskConfig) -> None:
     """What the dataclasses cannot say. Raises UserError."""
     if config.preset not in ("thesis", "shapes"):
@@ -287,10 +295,7 @@ def main() -> None:
     if config.json:
         save_text(json.dumps(found, indent=1), config.json)
     if config.html and items:
-        page = Path(__file__).with_name("support").joinpath("page.html").read_text()
-        content = json.dumps(items).replace("<", "\\u003c")  # no caption can close the script
-        with whole_file(config.html) as temporary:
-            temporary.write_text(page.replace("/*DATA*/[]", content))
+        save_page(items, config.html)
     if bad:
         print(f"{bad} of {len(paths)} images could not be read", file=sys.stderr)
         sys.exit(2)

@@ -2,7 +2,7 @@
 
     python -m experiments.demo            # or `make demo`; a few minutes on two cores, no download
 
-Writes into --out: last.pt (the checkpoint), snapshots/ of the training (for `make read`), sheet.png,
+Writes into --out: last.pt (the checkpoint), snapshots/ of the training for `make read`, sheet.png,
 metrics.json, metrics.md, scenes/ with some held-out images and captions for segment.py, and
 page.html with these scenes to be explored.
 """
@@ -19,11 +19,28 @@ import torch
 from PIL import Image
 
 from checkpoints.ours import read_checkpoint
-from config import MASK_PRESETS, TRAIN_PRESETS, EvalConfig, MaskConfig, UserError, option, parse, run
+from config import (
+    MASK_PRESETS,
+    TRAIN_PRESETS,
+    EvalConfig,
+    MaskConfig,
+    UserError,
+    option,
+    parse,
+    run,
+)
 from data import select_nouns, shapes_tagger
 from datasets import Benchmark, shapes
 from evaluate import evaluate, make_segmenter
-from segmenter import Segmenter, load_method
+from model import CoDe
+from segment import Result, SegmentConfig, page_item, save_page, word_masks
+from segmenter import (
+    Segmenter,
+    arg_max,
+    background_threshold,
+    load_method,
+    with_background,
+)
 from support.draw import below, coloured_text, contact_sheet, legend, overlay, palette, save_png
 from support.files import save_text
 
@@ -66,6 +83,19 @@ def sheet(segmenters: dict[str, Segmenter], benchmark: Benchmark, rows: int) -> 
     titles = ["image", "caption", "ground truth", *segmenters]
     grid = contact_sheet(lines, titles)
     return below(grid, legend(list(by_noun), colours, grid.width))
+
+
+def explored(model: CoDe, benchmark: Benchmark, i: int, settings: MaskConfig) -> dict:
+    """What the page shows of a scene: its caption's nouns, their regions and words."""
+    caption = shapes.scene("test", i).caption
+    nouns, image = select_nouns(caption, shapes_tagger()), benchmark.image(i)
+    segmenter, size = Segmenter(model.clip, model, nouns, settings), (image.height, image.width)
+    best, index = arg_max(segmenter.scores(image), size)
+    threshold = background_threshold(settings)
+    labels = with_background(best, index, threshold).numpy()
+    result = Result(f"scene {i}", image, best.numpy(), labels)
+    config, masks = SegmentConfig(caption=caption), word_masks(model, caption, nouns)
+    return page_item(result, index.numpy(), nouns, config, threshold, masks)
 
 
 def train_with_snapshots(out: Path, steps: int | None) -> None:
@@ -114,6 +144,9 @@ def main() -> None:
             if pamr:
                 segmenters[title] = segmenter
     save_png(sheet(segmenters, benchmark, config.rows), out / "sheet.png")
+    model = segmenters["CoDe"].model
+    scenes = [explored(model, benchmark, i, base) for i in range(config.rows)]
+    save_page(scenes, out / "page.html")
     for i in range(config.rows):
         save_png(benchmark.image(i), out / "scenes" / f"{i}.png")
         save_text(shapes.scene("test", i).caption, out / "scenes" / f"{i}.txt")
@@ -126,6 +159,7 @@ def main() -> None:
     print("\n".join(table))
     print(f"\ntrained in {trained:.0f} s, everything in {time.time() - start:.0f} s")
     print(f"the sheet: {out / 'sheet.png'}; the metrics: {out / 'metrics.md'}")
+    print(f"the same scenes, to be explored in a browser: {out / 'page.html'}")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,14 @@
 // The training slider: every figure holds all its variants, and the root's data-at names the shown.
 const root = document.documentElement;
 const slider = document.getElementById("at"), play = document.getElementById("play");
-const names = JSON.parse(slider.dataset.names);
-const last = names.length - 1;
+const ticks = [...document.querySelectorAll(".ticks span")], last = ticks.length - 1;
 
 function show(i) {
   slider.value = i;
   root.dataset.at = i;
-  slider.setAttribute("aria-valuetext", names[i]);
-  document.querySelector("#training-slider output").textContent = names[i];
-  document.querySelectorAll(".ticks span").forEach((tick, k) => tick.classList.toggle("now", k === i));
+  slider.setAttribute("aria-valuetext", `${ticks[i].textContent} steps`);
+  document.querySelector("#training-slider output").textContent = `${ticks[i].textContent} steps`;
+  ticks.forEach((tick, k) => tick.classList.toggle("now", k === i));
   thresholds.forEach((draw) => draw());
 }
 

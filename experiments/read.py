@@ -8,11 +8,9 @@ It takes the snapshots that `make demo` leaves in out/demo; without them it trai
 and equations stand in read.html, functions are taken from the sources as they stand.
 """
 
-import html
 import inspect
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +79,9 @@ class ReadConfig:
     out: str = option("docs/read.html", "the page to write")
     pair: int = option(15, "held-out scene that the page follows", low=0, high=499)
     surface: str = option("grass", "what the large scene of section 4.1 stands on")
-    keep_figures: bool = option(False, "take the figures from the page as it is: text and code only")
+    keep_figures: bool = option(
+        False, "take the figures from the page as it is: text and code only"
+    )
 
 
 # --- code and lines -------------------------------------------------------------------------------
@@ -107,13 +107,13 @@ def code_block(name: str, shown: bool) -> str:
         f'<details class="code" data-object="{name}" data-file="{file}" data-line="{start}"'
         f"{' open' if shown else ''}><summary><code>{short}</code>"
         f"<span>{file}:{start}</span></summary>"
-        f'<pre tabindex="0" style="counter-reset: line {start - 1}"><code>{"".join(lines)}</code></pre>'
-        "</details>"
+        f'<pre tabindex="0" style="counter-reset: line {start - 1}"><code>{"".join(lines)}'
+        "</code></pre></details>"
     )
 
 
 def place(name: str, text: str | None) -> str:
-    """"file:line" of a function, or of the first line in it that holds a text."""
+    """ "file:line" of a function, or of the first line in it that holds a text."""
     file, start, code = source(name)
     if text is not None:
         lines = [i for i, line in enumerate(code.splitlines()) if text in line]
@@ -130,20 +130,29 @@ def contents(page: str) -> str:
     """The table of contents: every section with a data-toc, the chapters' ones outdented."""
     entries = re.findall(r'<section id="([\w-]+)" class="(\w+)" data-toc="([^"]+)"', page)
     return "".join(
-        f'<li class="{kind}"><a href="#{anchor}">{title}</a></li>' for anchor, kind, title in entries
+        f'<li class="{kind}"><a href="#{anchor}">{title}</a></li>'
+        for anchor, kind, title in entries
     )
 
 
 def symbols(text: str) -> str:
-    """$X^v_k$ as italics with super- and subscripts."""
+    """$X^v_k$ and the like as MathML: letters with super- and subscripts, and operators."""
 
-    def italics(match: re.Match) -> str:
-        marked = match[1]
-        for sign, tag in (("^", "sup"), ("_", "sub")):
-            marked = re.sub(rf"\{sign}(\{{[^}}]*\}}|.)", rf"<{tag}>\1</{tag}>", marked)
-        return f'<i class="symbol">{marked.replace("{", "").replace("}", "")}</i>'
+    def part(token: str) -> str:
+        base, marks = re.match(r"[^^_]+", token)[0], dict(re.findall(r"([_^])(\{.*?\}|.)", token))
+        if re.fullmatch(r"[=·×∗]", base):
+            return f"<mo>{base}</mo>"
+        found = [
+            f"<mi>{base}</mi>",
+            *(f"<mi>{marks[m].strip('{}')}</mi>" for m in "_^" if m in marks),
+        ]
+        kind = {"": "mrow", "_": "msub", "^": "msup", "^_": "msubsup"}["".join(sorted(marks))]
+        return f"<{kind}>{''.join(found)}</{kind}>"
 
-    return re.sub(r"\$([^$\n]+)\$", italics, text)
+    def formula(match: re.Match) -> str:
+        return f"<math>{''.join(map(part, match[1].split()))}</math>"
+
+    return re.sub(r"\$([^$\n]+)\$", formula, text)
 
 
 def fill(template: str, figures: dict[str, str]) -> str:
@@ -190,7 +199,7 @@ def new_figures(config: ReadConfig) -> dict[str, str]:
     found = [branches(model, large) for model in trained]
     log = [json.loads(line) for line in (demo / "log.jsonl").read_text().splitlines()]
     return {
-        "slider": slider(steps),
+        "ticks": "".join(f"<span>{step}</span>" for step in steps),
         "pair": drawn.the_pair(pairs),
         "pipeline": drawn.pipeline(pairs, seen),
         "eq-3-1": drawn.knowledge(pairs, seen),
@@ -210,18 +219,6 @@ def new_figures(config: ReadConfig) -> dict[str, str]:
         "branches": results.branch_masks(large, found),
         "background": results.threshold(large, found),
     }
-
-
-def slider(steps: Sequence[int]) -> str:
-    """The control that moves all figures through the training."""
-    ticks = "".join(f"<span>{step}</span>" for step in steps)
-    names = html.escape(json.dumps([f"{step} steps" for step in steps]))
-    return (
-        f'<div id="training-slider"><label for="at">training</label><button type="button" id="play">'
-        f'play</button><div class="range"><input id="at" type="range" min="0" max="{len(steps) - 1}" '
-        f'step="1" value="{len(steps) - 1}" data-names="{names}"><div class="ticks" '
-        f'aria-hidden="true">{ticks}</div></div><output for="at" aria-live="polite"></output></div>'
-    )
 
 
 def main() -> None:

@@ -1,100 +1,35 @@
-"""The figures of chapter 3 in docs/read.html: HTML and SVG of what `read_pair.observe` saw.
+"""The figures of sections 3.1 to 3.3 in docs/read.html, of what `read_pair.observe` saw.
 
-Every function returns one figure. Observations are those of the snapshots of one training; where
+Every function returns one figure as HTML. Observations are those of the snapshots of one training; where
 they differ, all variants stand in the page and its slider shows one of them (`at`).
 """
 
-import html
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
-import open_clip
 import torch
-from PIL import Image
 from torch import Tensor
 
-from clip import IMAGE_MEAN, IMAGE_STD
+from experiments.read_draw import (
+    NOUNS,
+    Observations,
+    at,
+    blend,
+    chip,
+    every,
+    heat,
+    pixels,
+    row,
+    shaded,
+    signed,
+    strip,
+    tile,
+    token_table,
+    tokens,
+    value,
+)
 from experiments.read_pair import Pairs
-from segment import data_uri
-
-Observations = Sequence[SimpleNamespace]
-NOUNS = "ab"  # the classes of the two drawn nouns' colours
-
-# --- small parts ----------------------------------------------------------------------------------
-
-
-def at(variants: Sequence[str], tag: str = "span") -> str:
-    """What differs between the snapshots; the page shows one of them."""
-    if len(set(variants)) == 1:
-        return variants[0]
-    return "".join(f'<{tag} class="at at-{i}">{v}</{tag}>' for i, v in enumerate(variants))
-
-
-def every(observations: Observations, draw: Callable[[SimpleNamespace], str]) -> str:
-    return at([draw(o) for o in observations])
-
-
-def value(name: str, number: float, digits: int = 3) -> str:
-    """A number, in full for whoever checks it."""
-    return f'<data data-name="{name}" value="{number!r}">{signed(number, digits)}</data>'
-
-
-def signed(number: float, digits: int = 2) -> str:
-    """A number with a true minus sign."""
-    return f"{number:.{digits}f}".replace("-", "\N{MINUS SIGN}")
-
-
-def tile(array: np.ndarray | Tensor, alt: str, title: str = "", kind: str = "") -> str:
-    """An image of the page above its title: (H, W) in [0, 1], or (H, W, 3) uint8."""
-    array = np.asarray(array)
-    if array.ndim == 2:
-        array = array * 255
-    source = data_uri(Image.fromarray(array.round().astype(np.uint8)), "PNG")
-    shown = f'<img class="px" src="{source}" alt="{html.escape(alt)}">'
-    under = f'<span class="under">{title}</span>' if title else ""
-    return f'<span class="tile {kind}">{shown}{under}</span>'
-
-
-def row(*parts: str, kind: str = "") -> str:
-    return f'<div class="row {kind}">{"".join(parts)}</div>'
-
-
-def chip(noun: str, j: int) -> str:
-    return f'<b class="chip {NOUNS[j]}">{html.escape(noun)}</b>'
-
-
-def pixels(image: Tensor) -> np.ndarray:
-    """A normalised image (3, S, S) as it was before: (S, S, 3) uint8; what is beyond is cut off."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-    return ((image * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-
-
-def heat(values: np.ndarray | Tensor, low: float, high: float) -> np.ndarray:
-    """Values as colours from dark violet (low) to light yellow (high): (H, W) -> (H, W, 3)."""
-    stops = np.array([(42, 16, 80), (92, 44, 130), (190, 70, 110), (244, 150, 80), (252, 240, 170)])
-    share = (np.asarray(values, np.float64) - low) / (high - low)
-    places = np.linspace(0, 1, len(stops))
-    colours = [np.interp(share.clip(0, 1), places, channel) for channel in stops.T]
-    return np.stack(colours, axis=-1).round().astype(np.uint8)
-
-
-def tokens(pairs: Pairs) -> list[str]:
-    """The first caption's tokens as text, from SOS to EOT."""
-    decoder = open_clip.get_tokenizer("ViT-B-16-quickgelu").decoder
-    ids = pairs.batch.caption_tokens[0]
-    ids = ids[: int(ids.argmax()) + 1].tolist()
-    return ["SOS", *(decoder[i].removesuffix("</w>") for i in ids[1:-1]), "EOT"]
-
-
-def shaded(words: Sequence[str], masks: Sequence[float], j: int) -> str:
-    """Words on their noun's colour, as strong as their masks."""
-    spans = [
-        f'<span class="w {NOUNS[j]}" style="--m:{m:.3f}">{html.escape(w)}</span>'
-        for w, m in zip(words, masks)
-    ]
-    return f'<span class="words">{" ".join(spans)}</span>'
-
 
 # --- 3.1 ------------------------------------------------------------------------------------------
 
@@ -110,7 +45,7 @@ def the_pair(pairs: Pairs) -> str:
     ready = tile(
         pixels(pairs.batch.images[0]),
         f"The same scene, cropped and perhaps flipped at random: {caption}",
-        "X<sup>v</sup>, cropped and flipped at random",
+        "X<sup>v</sup>, a random crop",
     )
     return row(scene, ready, f'<p class="caption">{said}</p>', kind="pair")
 
@@ -146,20 +81,15 @@ def pipeline(pairs: Pairs, observations: Observations) -> str:
     return at([f'<div class="pipeline">{lane(o)}</div>' for o in observations], "div")
 
 
-def strip(embedding: Tensor, alt: str) -> str:
-    """A unit vector as a row of cells."""
-    return tile(heat(embedding[None], -0.35, 0.35), f"{alt}, {len(embedding)} numbers", kind="strip")
-
-
 # --- 3.2 ------------------------------------------------------------------------------------------
 
 
 def knowledge(pairs: Pairs, observations: Observations) -> str:
     """Cosines of each n_j with both nouns in all 80 hand-written prompts, and L_kg."""
-    left, right, step = 96, 690, 92
+    left, right, step = 100, 680, 92
 
     def plot(o: SimpleNamespace) -> str:
-        x = lambda cosine: left + (right - left) * (cosine + 0.2) / 1.2  # noqa: E731
+        x = lambda cosine: left + (right - left) * cosine  # noqa: E731
         parts = []
         for j, noun in enumerate(pairs.drawn[0]):
             y = 28 + step * j
@@ -171,12 +101,11 @@ def knowledge(pairs: Pairs, observations: Observations) -> str:
                 mean, name = sum(cosines) / len(cosines), pairs.drawn[0][k]
                 parts.append(f'<path class="tick {NOUNS[k]}" d="{dots}"/>')
                 parts.append(f'<path class="mean" d="M{x(mean):.1f} {level - 3}v22"/>')
-                parts.append(
-                    f'<text class="small" x="{right + 12}" y="{level + 12}">{name} {signed(mean)}</text>'
-                )
+                said = f'x="{right + 12}" y="{level + 12}">{name} {signed(mean)}'
+                parts.append(f'<text class="small" {said}</text>')
         return "".join(parts)
 
-    ticks = [(v / 5, left + (right - left) * (v / 5 + 0.2) / 1.2) for v in range(-1, 6)]
+    ticks = [(v / 5, left + (right - left) * v / 5) for v in range(6)]
     axis = "".join(
         f'<path class="grid" d="M{x:.1f} 20V200"/><text x="{x:.1f}" y="214" '
         f'class="small middle">{signed(v, 1)}</text>'
@@ -227,11 +156,15 @@ def masks(pairs: Pairs, observations: Observations) -> str:
         def line(o: SimpleNamespace, j: int = j, noun: str = noun) -> str:
             soft, share = o.soft[j], 100 * o.soft[j].mean()
             hard = [
-                tile(h[j], f"Hard mask of {noun}, noise {i}: {100 * h[j].mean():.0f} %", f"noise {i}")
+                tile(
+                    h[j], f"Hard mask of {noun}, noise {i}: {100 * h[j].mean():.0f} %", f"noise {i}"
+                )
                 for i, h in enumerate(o.hard, start=1)
             ]
             title = f"σ(w s + b) of {chip(noun, j)} {share:.0f} %"
-            return tile(soft, f"Soft mask of {noun}: {share:.0f} % of the image", title) + "".join(hard)
+            return tile(soft, f"Soft mask of {noun}: {share:.0f} % of the image", title) + "".join(
+                hard
+            )
 
         lines.append(row(every(observations, line), kind="four"))
     return "".join(lines)
@@ -253,7 +186,8 @@ def seg_v(pairs: Pairs, observations: Observations, prior: float) -> str:
             ("total variation of the masks", mask, "small"),
         ]
         body = "".join(
-            f"<tr><th scope=row>{n}</th><td>{signed(v, 3)}</td><td>{w}</td></tr>" for n, v, w in rows
+            f"<tr><th scope=row>{n}</th><td>{signed(v, 3)}</td><td>{w}</td></tr>"
+            for n, v, w in rows
         )
         head = "<tr><th scope=col></th><th scope=col>here</th><th scope=col>wanted</th></tr>"
         cosines = o.seen["losses.region_cosines"][0]
@@ -268,13 +202,6 @@ def seg_v(pairs: Pairs, observations: Observations, prior: float) -> str:
     return row(every(observations, line), kind="loose")
 
 
-def token_table(pairs: Pairs, rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """Rows of cells below the caption's tokens."""
-    head = "".join(f"<th scope=col>{html.escape(t)}</th>" for t in tokens(pairs))
-    body = "".join(f"<tr><th scope=row>{n}</th>{''.join(cells)}</tr>" for n, cells in rows)
-    return f'<div class="scroll" tabindex="0"><table class="tokens"><tr><td></td>{head}</tr>{body}</table></div>'
-
-
 def logits(pairs: Pairs, observations: Observations) -> str:
     """Eq. 3.2: l_j,i of every token, with "none"'s constant 0."""
     names = ["none", *(chip(noun, j) for j, noun in enumerate(pairs.drawn[0]))]
@@ -283,7 +210,7 @@ def logits(pairs: Pairs, observations: Observations) -> str:
         values = o.d.word_logits[0, :, : len(tokens(pairs))]
         rows = []
         for c, (name, line) in enumerate(zip(names, values.tolist())):
-            kind = f"w {NOUNS[c - 1]}" if c else ""
+            kind = f"word {NOUNS[c - 1]}" if c else ""
             cells = [
                 f'<td class="{kind}" style="--m:{max(0, v) / 10:.3f}">'
                 f"{value(f'logit-{c}-{i}', v, 1) if c else '0'}</td>"
@@ -319,7 +246,7 @@ def labels(pairs: Pairs, observations: Observations) -> str:
 
     def cells(row: Sequence[int]) -> list[str]:
         return [
-            f'<td class="{f"w {NOUNS[v - 1]}" if v > 0 else ""}" style="--m:.8">'
+            f'<td class="{f"word {NOUNS[v - 1]}" if v > 0 else ""}" style="--m:.8">'
             f"{names[v] if v >= 0 else '·'}</td>"
             for v in row
         ]
@@ -365,16 +292,6 @@ def highlighted_image(pairs: Pairs, observations: Observations) -> str:
 
         lines.append(row(every(observations, line), kind="sum"))
     return "".join(lines)
-
-
-def blend(words: Sequence[str], mask: Sequence[float], j: int) -> str:
-    """Every token as a box: filled as far as it is the caption's own, hatched where P^t stands."""
-    boxes = [
-        f'<span class="box {NOUNS[j]}" style="--m:{m:.3f}" title="{100 * m:.0f} % its own">'
-        f"<span>{html.escape(w)}</span></span>"
-        for w, m in zip(words, mask)
-    ]
-    return f'<span class="boxes">{"".join(boxes)}</span>'
 
 
 def highlighted_text(pairs: Pairs, observations: Observations) -> str:

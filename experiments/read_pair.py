@@ -82,7 +82,9 @@ def watched(names: Sequence[str]) -> Iterator[dict[str, list]]:
 
         return wrapper
 
-    ours = [m for m in sys.modules.values() if str(getattr(m, "__file__", "")).startswith(str(ROOT))]
+    ours = [
+        m for m in sys.modules.values() if str(getattr(m, "__file__", "")).startswith(str(ROOT))
+    ]
     with contextlib.ExitStack() as stack:
         for name in names:
             holder, attribute, function = find(name)
@@ -97,7 +99,14 @@ def small_batch(pair: int, config: TrainConfig, context_length: int) -> Pairs:
     """The pair and the held-out scenes after it, each cropped, flipped and described at random."""
     source = ShapesWorld(500, "test")
     stream = PairStream(
-        source, shapes_tagger(), PAIRS, config.nouns, context_length, shapes.SIDE, config.min_crop, 0
+        source,
+        shapes_tagger(),
+        PAIRS,
+        config.nouns,
+        context_length,
+        shapes.SIDE,
+        config.min_crop,
+        0,
     )
     items = [(pair + i) % source.count for i in range(PAIRS)]
     samples = [stream.prepare(i, np.random.default_rng((config.seed, i))) for i in items]

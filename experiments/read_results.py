@@ -11,7 +11,19 @@ from torch import Tensor
 
 from config import TrainConfig
 from evaluate import IoU
-from experiments.read_figures import NOUNS, Observations, at, chip, every, heat, row, signed, strip, tile, value
+from experiments.read_draw import (
+    NOUNS,
+    Observations,
+    at,
+    chip,
+    every,
+    heat,
+    row,
+    signed,
+    strip,
+    tile,
+    value,
+)
 from experiments.read_pair import Large, Pairs
 from segment import data_uri
 from segmenter import background_threshold, window_starts, with_background
@@ -64,12 +76,11 @@ def matrix(similarity: Tensor, names: Sequence[str], title: str) -> str:
     )
     own = similarity.diagonal().mean().item()
     rest = (similarity.sum().item() - own * size) / (size * size - size)
-    alt = f"{title}: mean cosine {own:.2f} on the diagonal and {rest:.2f} elsewhere"
+    said = f"{title}: {signed(own)} on the diagonal, {signed(rest)} elsewhere"
     return (
         f'<svg class="matrix" viewBox="0 0 {74 + side * size} {76 + side * size}" role="img" '
-        f'aria-label="{alt}">{texts}<image class="px" href="{uri}" x="70" y="72" '
-        f'width="{side * size}" height="{side * size}"/></svg>'
-        f'<span class="under">{title}: {signed(own)} on the diagonal, {signed(rest)} elsewhere</span>'
+        f'aria-label="Cosines {said}">{texts}<image class="px" href="{uri}" x="70" y="72" '
+        f'width="{side * size}" height="{side * size}"/></svg><span class="under">{said}</span>'
     )
 
 
@@ -106,7 +117,8 @@ def loss_bars(log: Sequence[dict], steps: Sequence[int]) -> str:
         path = ""
         for k, line in enumerate(log):
             tall = line[term] * scale
-            path += f"M{x(line['step']) - bar:.1f} {bottom - floor[k]:.1f}h{bar:.1f}v{-tall:.2f}h{-bar:.1f}z"
+            corner = f"M{x(line['step']) - bar:.1f} {bottom - floor[k]:.1f}"
+            path += f"{corner}h{bar:.1f}v{-tall:.2f}h{-bar:.1f}z"
             floor[k] += tall
         parts.append(f'<path class="term-{i}" d="{path}"/>')
         legend.append(f'<span><i class="patch term-{i}"></i>{name}</span>')
@@ -116,10 +128,14 @@ def loss_bars(log: Sequence[dict], steps: Sequence[int]) -> str:
         for v in range(0, int(top) + 1, 2)
     )
     labels = "".join(
-        f'<text class="small middle" x="{min(x(s), width - 14):.1f}" y="290">{s}</text>' for s in steps
+        f'<text class="small middle" x="{min(x(s), width - 14):.1f}" y="290">{s}</text>'
+        for s in steps
     )
-    cursor = at([f'<path class="cursor" d="M{max(x(s), left + 1):.1f} 4V{bottom}"/>' for s in steps], "g")
-    alt = f"Stacked bars of the nine terms of L over the training: from {log[0]['total']:.1f} at step {log[0]['step']} to {log[-1]['total']:.1f}"
+    cursor = at(
+        [f'<path class="cursor" d="M{max(x(s), left + 1):.1f} 4V{bottom}"/>' for s in steps], "g"
+    )
+    first, last = f"{log[0]['total']:.1f} at step {log[0]['step']}", f"{log[-1]['total']:.1f}"
+    alt = f"Stacked bars of the nine terms of L over the training: from {first} to {last}"
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{alt}">{ticks}{"".join(parts)}'
         f'{labels}{cursor}</svg><p class="legend">{"".join(legend)}</p>'
@@ -163,11 +179,14 @@ def windows(large: Large) -> str:
     """The large scene with its sliding windows."""
     width, height = large.image.size
     rows, columns = (
-        window_starts(side, large.settings.window, large.settings.stride) for side in (height, width)
+        window_starts(side, large.settings.window, large.settings.stride)
+        for side in (height, width)
     )
     side = large.settings.window
+    marks = {(0, 0): NOUNS[0], (rows[-1], columns[1]): NOUNS[1]}
     boxes = "".join(
-        f'<rect class="window" x="{left + 1}" y="{top + 1}" width="{side - 2}" height="{side - 2}" rx="2"/>'
+        f'<rect class="window {marks.get((top, left), "")}" x="{left + 1}" y="{top + 1}" '
+        f'width="{side - 2}" height="{side - 2}" rx="2"/>'
         for top in rows
         for left in columns
     )
@@ -238,7 +257,8 @@ def threshold(large: Large, found: Sequence[dict[str, Tensor]]) -> str:
         f'<div class="stack"><img class="px" src="{data_uri(large.image, "PNG")}" alt="The scene">'
         f'<canvas width="{width}" height="{height}" role="img" '
         f'aria-label="The regions of all words above the threshold"></canvas></div>{sources}'
-        f'<p class="legend">{legend}</p><p class="reading">mIoU of this scene at {start}: {said}</p>'
+        f'<p class="legend">{legend}</p>'
+        f'<p class="reading">mIoU of this scene at {start}: {said}</p>'
         f'<label class="control">background below <input type="range" min="0" max="1" step="0.01" '
         f'value="{start}"> <output></output></label></div>'
     )
