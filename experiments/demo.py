@@ -102,7 +102,7 @@ def train_with_snapshots(out: Path, steps: int | None) -> None:
     """Run train.py anew on the shapes world and keep copies of last.pt in snapshots/STEP.pt.
 
     train.py writes last.pt whole every sixteenth of the steps, which takes seconds: whoever looks
-    five times a second misses none. Raises UserError.
+    twenty times a second misses none. Raises UserError.
     """
     last, kept = out / "last.pt", out / "snapshots"
     shutil.rmtree(kept, ignore_errors=True)
@@ -115,7 +115,7 @@ def train_with_snapshots(out: Path, steps: int | None) -> None:
     command += ["--steps", str(steps), "--checkpoint-every", str(max(1, steps // 16))]
     with subprocess.Popen(command) as training:
         while training.poll() is None:
-            time.sleep(0.2)
+            time.sleep(0.05)
             if last.exists() and (written := last.stat().st_mtime_ns) != newest:
                 newest, copy = written, shutil.copyfile(last, kept / "newest")
                 if (step := read_checkpoint(copy)["step"]) in wanted:

@@ -186,7 +186,7 @@ def kept_figures(page: Path) -> dict[str, str]:
 def new_figures(config: ReadConfig) -> dict[str, str]:
     """Every figure, from the snapshots of a training on the shapes world."""
     demo = Path(config.demo)
-    if not (demo / "last.pt").exists() or not list(demo.glob("snapshots/*.pt")):
+    if not (demo / "last.pt").exists() or len(list(demo.glob("snapshots/*.pt"))) < 3:
         print(f"no snapshots in {demo}: training first", flush=True)
         train_with_snapshots(demo, None)
     content = read_checkpoint(demo / "last.pt")

@@ -54,6 +54,12 @@ def row(*parts: str, kind: str = "") -> str:
     return f'<div class="row {kind}">{"".join(parts)}</div>'
 
 
+def plot(width: int, height: int, alt: str, content: str) -> str:
+    """An SVG that keeps its letters legible: on a narrow screen it is moved sideways."""
+    head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{alt}">'
+    return f'<div class="scroll" tabindex="0">{head}{content}</svg></div>'
+
+
 def chip(noun: str, j: int) -> str:
     return f'<b class="chip {NOUNS[j]}">{html.escape(noun)}</b>'
 

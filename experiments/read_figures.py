@@ -1,7 +1,7 @@
 """The figures of sections 3.1 to 3.3 in docs/read.html, of what `read_pair.observe` saw.
 
-Every function returns one figure as HTML. Observations are those of the snapshots of one training; where
-they differ, all variants stand in the page and its slider shows one of them (`at`).
+Every function returns one figure as HTML. Observations are those of the snapshots of one training;
+where they differ, all variants stand in the page and its slider shows one of them (`at`).
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ from experiments.read_draw import (
     every,
     heat,
     pixels,
+    plot,
     row,
     shaded,
     signed,
@@ -88,7 +89,7 @@ def knowledge(pairs: Pairs, observations: Observations) -> str:
     """Cosines of each n_j with both nouns in all 80 hand-written prompts, and L_kg."""
     left, right, step = 100, 680, 92
 
-    def plot(o: SimpleNamespace) -> str:
+    def lines(o: SimpleNamespace) -> str:
         x = lambda cosine: left + (right - left) * cosine  # noqa: E731
         parts = []
         for j, noun in enumerate(pairs.drawn[0]):
@@ -112,8 +113,8 @@ def knowledge(pairs: Pairs, observations: Observations) -> str:
         for v, x in ticks
     )
     alt = "Cosines of both noun embeddings with the nouns in 80 hand-written prompts"
-    drawn = at([plot(o) for o in observations], "g")
-    svg = f'<svg viewBox="0 0 800 220" role="img" aria-label="{alt}">{axis}{drawn}</svg>'
+    drawn = at([lines(o) for o in observations], "g")
+    svg = plot(800, 220, alt, axis + drawn)
     loss = every(
         observations, lambda o: value("l_kg", o.seen["losses.knowledge_loss"][0].item(), 4)
     )

@@ -18,6 +18,7 @@ from experiments.read_draw import (
     chip,
     every,
     heat,
+    plot,
     row,
     signed,
     strip,
@@ -136,10 +137,8 @@ def loss_bars(log: Sequence[dict], steps: Sequence[int]) -> str:
     )
     first, last = f"{log[0]['total']:.1f} at step {log[0]['step']}", f"{log[-1]['total']:.1f}"
     alt = f"Stacked bars of the nine terms of L over the training: from {first} to {last}"
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{alt}">{ticks}{"".join(parts)}'
-        f'{labels}{cursor}</svg><p class="legend">{"".join(legend)}</p>'
-    )
+    bars = plot(width, height, alt, ticks + "".join(parts) + labels + cursor)
+    return f'{bars}<p class="legend">{"".join(legend)}</p>'
 
 
 # --- 3.5 ------------------------------------------------------------------------------------------
@@ -166,10 +165,7 @@ def schedule(config: TrainConfig) -> str:
         f'<text class="small" x="{left + 8}" y="36">warm-up</text>'
     )
     alt = f"Learning rate: up to {config.lr:g} at step {warm:,}, then a cosine down"
-    return (
-        f'<svg viewBox="0 0 {width} 205" role="img" aria-label="{alt}">{marks}{texts}'
-        f'<path class="line" d="M{line}"/></svg>'
-    )
+    return plot(width, 205, alt, f'{marks}{texts}<path class="line" d="M{line}"/>')
 
 
 # --- 4.1 ------------------------------------------------------------------------------------------

@@ -40,9 +40,10 @@ def test_every_option_exists():
 
 
 def test_every_file_and_benchmark_exists():
+    made = ("last.pt", "best.pt", "sheet.png", "page.html")
     for name in re.findall(r"`((?:datasets/|tests/|docs/)?[a-z_]+\.(?:py|pt|png|html))`", README):
-        assert (ROOT / name).exists() or name in ("last.pt", "best.pt", "sheet.png"), name
-    for name in re.findall(r"\]\((docs/[^)]+)\)", README):
+        assert (ROOT / name).exists() or name in made, name
+    for name in re.findall(r"\]\((docs/[^)#]+)[^)]*\)", README):
         assert (ROOT / name).exists(), name
     for name in DATASETS:
         assert f"`{name}`" in README
@@ -76,7 +77,7 @@ def test_every_equation_has_one_docstring_and_the_readme_leads_there():
     assert sorted(homes) == [f"3.{i}" for i in range(1, 9)]
     for equation, places in homes.items():
         ((file, name),) = places
-        row = re.search(rf"\| Eq\. {equation} \| (.*?) \|", README).group(1)
+        row = re.search(rf"\| \[Eq\. {equation}\]\(.*?\) \| (.*?) \|", README).group(1)
         assert f"`{file}`" in row and f"`{name}`" in row, (equation, row)
 
 
