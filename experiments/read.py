@@ -107,13 +107,13 @@ def code_block(name: str, shown: bool) -> str:
         f'<details class="code" data-object="{name}" data-file="{file}" data-line="{start}"'
         f"{' open' if shown else ''}><summary><code>{short}</code>"
         f"<span>{file}:{start}</span></summary>"
-        f'<pre tabindex="0" style="counter-reset: line {start - 1}"><code>{"".join(lines)}'
-        "</code></pre></details>"
+        f'<pre tabindex="0" role="group" aria-label="{short}" style="counter-reset: line '
+        f'{start - 1}"><code>{"".join(lines)}</code></pre></details>'
     )
 
 
 def place(name: str, text: str | None) -> str:
-    """ "file:line" of a function, or of the first line in it that holds a text."""
+    """FILE:LINE of a function, or of the first line in it that holds a text."""
     file, start, code = source(name)
     if text is not None:
         lines = [i for i, line in enumerate(code.splitlines()) if text in line]

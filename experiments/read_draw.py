@@ -57,7 +57,8 @@ def row(*parts: str, kind: str = "") -> str:
 def plot(width: int, height: int, alt: str, content: str) -> str:
     """An SVG that keeps its letters legible: on a narrow screen it is moved sideways."""
     head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{alt}">'
-    return f'<div class="scroll" tabindex="0">{head}{content}</svg></div>'
+    around = '<div class="scroll" tabindex="0" role="group" aria-label="Plot">'
+    return f"{around}{head}{content}</svg></div>"
 
 
 def chip(noun: str, j: int) -> str:
@@ -118,4 +119,4 @@ def token_table(pairs: Pairs, rows: Sequence[tuple[str, Sequence[str]]]) -> str:
     head = "".join(f"<th scope=col>{html.escape(t)}</th>" for t in tokens(pairs))
     body = "".join(f"<tr><th scope=row>{n}</th>{''.join(cells)}</tr>" for n, cells in rows)
     table = f'<table class="tokens"><tr><td></td>{head}</tr>{body}</table>'
-    return f'<div class="scroll" tabindex="0">{table}</div>'
+    return f'<div class="scroll" tabindex="0" role="group" aria-label="By token">{table}</div>'

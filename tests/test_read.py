@@ -63,7 +63,7 @@ def test_every_equation_has_its_section_mathml_code_and_an_output():
     for anchor in EQUATIONS:
         text, number = found[anchor], anchor[3:].replace("-", ".")
         assert re.search(r'<math display="block">.*</math>', text)
-        assert f'<span class="number">({number})</span>' in text
+        assert f'href="#{anchor}" aria-label="Equation {number}">({number})</a>' in text
         code = re.search(r'<details class="code".*?</details>', text, re.DOTALL)[0]
         assert f"Eq. {number}" in re.sub("<.*?>", "", code), "its first function does it"
         assert '<span class="line eq">' in text

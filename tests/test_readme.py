@@ -16,6 +16,7 @@ from config import (
     TrainConfig,
 )
 from datasets import DATASETS
+from experiments.read import ReadConfig
 from segment import SegmentConfig
 
 README = (ROOT / "README.md").read_text()
@@ -30,7 +31,8 @@ def test_every_option_exists():
     known |= {"--help", "--signal"}  # the last one is SLURM's
     img2dataset = "url_list input_format url_col caption_col output_format output_folder image_size"
     known |= {f"--{name}" for name in f"{img2dataset} resize_mode".split()}
-    for config in (TrainConfig, ModelConfig, LossConfig, EvalConfig, MaskConfig, SegmentConfig):
+    configs = (TrainConfig, ModelConfig, LossConfig, EvalConfig, MaskConfig, SegmentConfig)
+    for config in (*configs, ReadConfig):
         for f in fields(config):
             name = f.name.replace("_", "-")
             known |= {f"--{name}", f"--no-{name}"} if f.type is bool else {f"--{name}"}
