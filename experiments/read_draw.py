@@ -35,8 +35,8 @@ def value(name: str, number: float, digits: int = 3) -> str:
 
 
 def signed(number: float, digits: int = 2) -> str:
-    """A number with a true minus sign."""
-    return f"{number:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    """A number with a true minus sign, and no negative zero."""
+    return f"{round(number, digits) + 0.0:.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def tile(array: np.ndarray | Tensor, alt: str, title: str = "", kind: str = "") -> str:

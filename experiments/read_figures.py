@@ -88,9 +88,12 @@ def pipeline(pairs: Pairs, observations: Observations) -> str:
 def knowledge(pairs: Pairs, observations: Observations) -> str:
     """Cosines of each n_j with both nouns in all 80 hand-written prompts, and L_kg."""
     left, right, step = 100, 680, 92
+    low = min(int(10 * o.templates.min()) for o in observations)  # the axis starts at a tenth
+
+    def x(cosine: float) -> float:
+        return left + (right - left) * (cosine - low / 10) / (1 - low / 10)
 
     def lines(o: SimpleNamespace) -> str:
-        x = lambda cosine: left + (right - left) * cosine  # noqa: E731
         parts = []
         for j, noun in enumerate(pairs.drawn[0]):
             y = 28 + step * j
@@ -106,11 +109,10 @@ def knowledge(pairs: Pairs, observations: Observations) -> str:
                 parts.append(f'<text class="small" {said}</text>')
         return "".join(parts)
 
-    ticks = [(v / 5, left + (right - left) * v / 5) for v in range(6)]
     axis = "".join(
-        f'<path class="grid" d="M{x:.1f} 20V200"/><text x="{x:.1f}" y="214" '
-        f'class="small middle">{signed(v, 1)}</text>'
-        for v, x in ticks
+        f'<path class="grid" d="M{x(tenth / 10):.1f} 20V200"/><text x="{x(tenth / 10):.1f}" '
+        f'y="214" class="small middle">{signed(tenth / 10, 1)}</text>'
+        for tenth in range(low, 11)
     )
     alt = "Cosines of both noun embeddings with the nouns in 80 hand-written prompts"
     drawn = at([lines(o) for o in observations], "g")

@@ -34,13 +34,10 @@ ROOT = Path(__file__).parents[1]
 PAIRS = 8  # in the small batch; the first is the one that the page follows
 WATCHED = (
     "model.ImageSegmenter.forward",
-    "model.hard_mask",
     "model.word_mask",
     "model.highlight_image",
-    "model.highlight_text",
     "losses.knowledge_loss",
     "losses.region_cosines",
-    "losses.area_losses",
     "losses.total_variation",
     "losses.pseudo_labels",
     "losses.word_mask_loss",
@@ -142,9 +139,9 @@ def observe(
 ) -> SimpleNamespace:
     """Run the model and the losses on the small batch: what they returned on the way.
 
-    seen: the results of WATCHED by name; d: the `Decomposition`; terms and scales: those of Eq. 3.8
-    and 1 / tau; n: (J, b, C). Of the first pair alone: soft masks (J, H, W), the hard ones of three
-    draws of noise, template_cosines, MaskCLIP's features `dense` (h, w, C).
+    seen: the results of WATCHED by name; d: the `Decomposition`; scales: 1 / tau; n: (J, b, C). Of
+    the first pair alone: soft masks (J, H, W), the hard ones of three draws of noise, templates
+    (`template_cosines`), and MaskCLIP's features `dense` (h, w, C).
     """
     batch = pairs.batch
     grid = tuple(model.config.cells_per_patch * side for side in model.clip.visual.grid_size)
@@ -152,13 +149,12 @@ def observe(
     noises = [logistic_noise(*size, config.seed, step, cpu) for step in range(3)]
     with watched(WATCHED) as seen:
         d = model(batch, noises[0])
-        terms = global_losses(d, model, batch, loss_config)
+        global_losses(d, model, batch, loss_config)
     n = d.n.unflatten(0, (config.nouns, -1))
     own = model.image_segmenter.mask_logits(d.x_v, n.transpose(0, 1))[0]  # (J, H, W)
     return SimpleNamespace(
         seen=seen,
         d=d,
-        terms={name: value.item() for name, value in terms.items()},
         scales={name: value.item() for name, value in model.logit_scales().items()},
         n=n,
         soft=own.sigmoid(),

@@ -109,7 +109,10 @@ def loss_bars(log: Sequence[dict], steps: Sequence[int]) -> str:
     """Eq. 3.8: every logged step's L as a bar of its weighted terms."""
     width, height, left, bottom = 800, 300, 36, 270
     top = max(line["total"] for line in log)
-    x = lambda step: left + (width - left) * step / log[-1]["step"]  # noqa: E731
+
+    def x(step: int) -> float:
+        return left + (width - left) * step / log[-1]["step"]
+
     bar = (width - left) / len(log) * 0.8
     scale = (bottom - 12) / top
     floor = np.zeros(len(log))
@@ -148,8 +151,13 @@ def schedule(config: TrainConfig) -> str:
     """The learning rate of the thesis's training, and the two phases."""
     width, left, bottom = 800, 70, 180
     steps = np.linspace(0, config.steps, 201).round().astype(int)
-    x = lambda step: left + (width - left - 10) * step / config.steps  # noqa: E731
-    y = lambda rate: bottom - 150 * rate / config.lr  # noqa: E731
+
+    def x(step: int) -> float:
+        return left + (width - left - 10) * step / config.steps
+
+    def y(rate: float) -> float:
+        return bottom - 150 * rate / config.lr
+
     line = "L".join(f"{x(s):.1f} {y(learning_rate(int(s), config)):.1f}" for s in steps)
     warm, free = round(config.warmup * config.steps), round(config.unfreeze * config.steps)
     marks = "".join(
