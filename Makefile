@@ -10,9 +10,13 @@ export OMP_WAIT_POLICY ?= PASSIVE
 	$(RUN) -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test check lint format
+.PHONY: demo read test check lint format
 demo: .venv/ready
 	$(RUN) -m experiments.demo
+
+# docs/read.html from the demonstration's training; it trains first if there is none.
+read: .venv/ready
+	$(RUN) -m experiments.read
 
 test: .venv/ready
 	$(RUN) -m pytest -n 2 --dist loadfile

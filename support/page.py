@@ -61,7 +61,7 @@ def word_content(caption: str | None, masks: np.ndarray | None) -> dict:
     }
 
 
-def write_page(items: list[dict], path: str) -> None:
+def write_page(items: list[dict], path: str | Path) -> None:
     """The page of all images. Raises UserError."""
     page = Path(__file__).with_name("page.html").read_text()
     content = json.dumps(items).replace("<", "\\u003c")  # no caption can close the script

@@ -1,4 +1,5 @@
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -124,3 +125,19 @@ def world(tmp_path_factory) -> Path:
         save_checkpoint(model_content(model), folder / name)
     Image.fromarray(shapes.scene("test", 1).image).save(folder / "scene.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    executable = shutil.which("chromium") or shutil.which("google-chrome")
+    if executable is None:
+        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    quiet = ("--disable-background-networking", "--disable-component-update", "--disable-sync")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=executable, args=["--no-sandbox", "--disable-gpu", *quiet]
+        )
+        yield browser
+        browser.close()

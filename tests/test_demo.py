@@ -9,11 +9,13 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+from checkpoints.ours import read_checkpoint
+
 pytestmark = pytest.mark.slow
 
 
 def test_the_demo_writes_what_it_says(tmp_path):
-    arguments = ["--steps", "8", "--scenes", "4", "--rows", "2", "--out", str(tmp_path)]
+    arguments = ["--steps", "48", "--scenes", "4", "--rows", "2", "--out", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "-m", "experiments.demo", *arguments],
         cwd=ROOT,
@@ -33,3 +35,8 @@ def test_the_demo_writes_what_it_says(tmp_path):
         assert scene.size == (64, 64)
     assert (tmp_path / "scenes" / "1.txt").read_text() == "a bug and a wheel on sand\n"
     assert (tmp_path / "last.pt").exists() and (tmp_path / "metrics.md").exists()
+    for step in (3, 12, 24):  # a sixteenth, a quarter and a half of them, for `make read`
+        assert read_checkpoint(tmp_path / "snapshots" / f"{step}.pt")["step"] == step
+    page = (tmp_path / "page.html").read_text()
+    assert "a bug and a wheel on sand" in page and "scene 1" in page
+    assert done.stdout.rstrip().endswith(str(tmp_path / "page.html"))

@@ -1,7 +1,5 @@
 """The page of segment.py --html, in headless Chromium."""
 
-import shutil
-
 import numpy as np
 import pytest
 from conftest import CPU
@@ -14,22 +12,6 @@ from segment import word_masks
 from segmenter import Segmenter
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser():
-    executable = shutil.which("chromium") or shutil.which("google-chrome")
-    if executable is None:
-        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    quiet = ("--disable-background-networking", "--disable-component-update", "--disable-sync")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=executable, args=["--no-sandbox", "--disable-gpu", *quiet]
-        )
-        yield browser
-        browser.close()
 
 
 CAPTION = "a bug & a <b>wheel</b> </script><script>document.title='taken'</script> on sand"

@@ -16,6 +16,7 @@ from config import (
     TrainConfig,
 )
 from datasets import DATASETS
+from experiments.read import ReadConfig
 from segment import SegmentConfig
 
 README = (ROOT / "README.md").read_text()
@@ -30,7 +31,8 @@ def test_every_option_exists():
     known |= {"--help", "--signal"}  # the last one is SLURM's
     img2dataset = "url_list input_format url_col caption_col output_format output_folder image_size"
     known |= {f"--{name}" for name in f"{img2dataset} resize_mode".split()}
-    for config in (TrainConfig, ModelConfig, LossConfig, EvalConfig, MaskConfig, SegmentConfig):
+    configs = (TrainConfig, ModelConfig, LossConfig, EvalConfig, MaskConfig, SegmentConfig)
+    for config in (*configs, ReadConfig):
         for f in fields(config):
             name = f.name.replace("_", "-")
             known |= {f"--{name}", f"--no-{name}"} if f.type is bool else {f"--{name}"}
@@ -40,9 +42,10 @@ def test_every_option_exists():
 
 
 def test_every_file_and_benchmark_exists():
+    made = ("last.pt", "best.pt", "sheet.png", "page.html")
     for name in re.findall(r"`((?:datasets/|tests/|docs/)?[a-z_]+\.(?:py|pt|png|html))`", README):
-        assert (ROOT / name).exists() or name in ("last.pt", "best.pt", "sheet.png"), name
-    for name in re.findall(r"\]\((docs/[^)]+)\)", README):
+        assert (ROOT / name).exists() or name in made, name
+    for name in re.findall(r"\]\((docs/[^)#]+)[^)]*\)", README):
         assert (ROOT / name).exists(), name
     for name in DATASETS:
         assert f"`{name}`" in README
@@ -76,7 +79,7 @@ def test_every_equation_has_one_docstring_and_the_readme_leads_there():
     assert sorted(homes) == [f"3.{i}" for i in range(1, 9)]
     for equation, places in homes.items():
         ((file, name),) = places
-        row = re.search(rf"\| Eq\. {equation} \| (.*?) \|", README).group(1)
+        row = re.search(rf"\| \[Eq\. {equation}\]\(.*?\) \| (.*?) \|", README).group(1)
         assert f"`{file}`" in row and f"`{name}`" in row, (equation, row)
 
 

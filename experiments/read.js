@@ -1,0 +1,108 @@
+"use strict";
+// The training slider: every figure holds all its variants, and the root's data-at names the shown.
+const root = document.documentElement;
+const slider = document.getElementById("at"), play = document.getElementById("play");
+const ticks = [...document.querySelectorAll(".ticks span")], last = ticks.length - 1;
+
+function show(i) {
+  slider.value = i;
+  root.dataset.at = i;
+  slider.setAttribute("aria-valuetext", `${ticks[i].textContent} steps`);
+  document.querySelector("#training-slider output").textContent = `${ticks[i].textContent} steps`;
+  ticks.forEach((tick, k) => tick.classList.toggle("now", k === i));
+  thresholds.forEach((draw) => draw());
+}
+
+let playing = null;
+function stop() {
+  clearInterval(playing);
+  playing = null;
+  play.textContent = "play";
+}
+play.addEventListener("click", () => {
+  if (playing) return stop();
+  show(Number(slider.value) === last ? 0 : Number(slider.value) + 1);
+  play.textContent = "pause";
+  playing = setInterval(() => {
+    if (Number(slider.value) < last) show(Number(slider.value) + 1);
+    if (Number(slider.value) === last) stop();
+  }, 900);
+});
+slider.addEventListener("input", () => { stop(); show(Number(slider.value)); });
+document.addEventListener("keydown", (event) => {
+  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  const elsewhere = event.target.closest("input, .scroll, pre");
+  if (!step || elsewhere || event.ctrlKey || event.metaKey || event.altKey) return;
+  stop();
+  show(Math.min(last, Math.max(0, Number(slider.value) + step)));
+  event.preventDefault();
+});
+
+// The threshold of section 4.1: red of a packed image is the likeliest word, green its mask.
+const thresholds = [];
+async function pixels(image) {
+  await image.decode();
+  const canvas = Object.assign(document.createElement("canvas"),
+    { width: image.naturalWidth, height: image.naturalHeight });
+  const context = canvas.getContext("2d");
+  context.drawImage(image, 0, 0);
+  return context.getImageData(0, 0, canvas.width, canvas.height).data;
+}
+
+function mIoU(labels, truth, classes) {
+  const both = new Float64Array(classes), either = new Float64Array(classes);
+  labels.forEach((label, i) => {
+    either[label]++;
+    if (label === truth[4 * i]) both[label]++;
+    else either[truth[4 * i]]++;
+  });
+  const present = [...both.keys()].filter((c) => either[c] > 0);
+  return 100 * present.reduce((sum, c) => sum + both[c] / either[c], 0) / present.length;
+}
+
+async function threshold(part) {
+  const layers = await Promise.all([...part.querySelectorAll(".packed")].map(pixels));
+  const truth = layers.pop(), colours = JSON.parse(part.dataset.colours);
+  const input = part.querySelector("input"), output = part.querySelector("output");
+  const canvas = part.querySelector("canvas"), context = canvas.getContext("2d");
+  function draw() {
+    const packed = layers[Number(slider.value)], cut = Number(input.value);
+    const image = context.createImageData(canvas.width, canvas.height);
+    const labels = new Uint8Array(canvas.width * canvas.height);
+    for (let i = 0; i < labels.length; i++) {
+      labels[i] = packed[4 * i + 1] / 255 > cut ? packed[4 * i] + 1 : 0;
+      image.data.set(labels[i] ? [...colours[labels[i] - 1], 185] : [30, 30, 34, 120], 4 * i);
+    }
+    context.putImageData(image, 0, 0);
+    const share = 100 * labels.filter((label) => label === 0).length / labels.length;
+    output.textContent = `${cut.toFixed(2)}: mIoU ${mIoU(labels, truth, colours.length + 1).toFixed(1)} %, `
+      + `${share.toFixed(0)} % background`;
+  }
+  input.addEventListener("input", draw);
+  thresholds.push(draw);
+  draw();
+}
+
+// The contents follow the text, and are closed where they would stand before it.
+const links = new Map([...document.querySelectorAll("nav a")].map((a) => [a.hash.slice(1), a]));
+const watcher = new IntersectionObserver((entries) => {
+  for (const { isIntersecting, target } of entries) {
+    if (!isIntersecting) continue;
+    links.forEach((a) => a.removeAttribute("aria-current"));
+    links.get(target.id).setAttribute("aria-current", "true");
+  }
+}, { rootMargin: "-15% 0px -80% 0px" });
+document.querySelectorAll("section[id]").forEach((section) => watcher.observe(section));
+const narrow = matchMedia("(max-width: 68rem)"), contents = document.getElementById("contents");
+const fold = () => { contents.open = !narrow.matches; };
+narrow.addEventListener("change", fold);
+contents.addEventListener("click", (event) => {
+  if (event.target.closest("a") && narrow.matches) contents.open = false;
+});
+fold();
+
+(async () => {
+  for (const part of document.querySelectorAll(".threshold")) await threshold(part);
+  show(last);
+  document.body.dataset.ready = "yes";
+})();
