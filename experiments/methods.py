@@ -79,8 +79,8 @@ def main() -> None:
         "nearness of patches hardly tells them apart.",
         "",
         "The built-in CLIP was pretrained to match words with the very features that MaskCLIP "
-        "reads (`experiments/pretrain.py`). CLIPs of the web never were, which is what the later methods "
-        "mend: their gains are not to be expected here.",
+        "reads (`experiments/pretrain.py`). CLIPs of the web never were, which is what the later "
+        "methods mend: their gains are not to be expected here.",
     ]
     for protocol in PROTOCOLS:
         lines += ["", f"## The {protocol} protocol", ""]
