@@ -217,6 +217,24 @@ def tokenize(texts: Sequence[str]) -> Tensor:
     return tokens[:, : int(end_of_text(tokens).max()) + 1]
 
 
+def tokens_of(text: str) -> list[int]:
+    """All BPE token ids of a text, without SOS and EOT; none of what is no text, such as a BOM."""
+    row = open_clip.tokenize([text], context_length=4 * len(text) + 8)[0]
+    return row[1 : int(end_of_text(row))].tolist()
+
+
+def check_lengths(words: Sequence[str], context_length: int, templates: Sequence[str]) -> None:
+    """The text tower holds 75 tokens beside SOS and EOT: the learned context and a word, or a
+    hand-written template and the word. Raises UserError."""
+    room = 75 - max(context_length, *(len(tokens_of(form.format(""))) for form in templates))
+    for word in words:
+        count = len(tokens_of(word))
+        if count == 0:
+            raise UserError("an empty query: name words to look for")
+        if count > room:
+            raise UserError(f"{word[:40]!r}...: {count} tokens, a query holds {room} at most")
+
+
 def noun_prompts(nouns: Sequence[str], context_length: int) -> Tensor:
     """Token ids of "[SOS] x ... x noun [EOT]": (N, L), each x a place for learned context."""
     return tokenize([" ".join(["x"] * context_length + [noun]) for noun in nouns])

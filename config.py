@@ -145,13 +145,11 @@ class MaskConfig:
     checkpoint: str | None = option(None, "trained model (for --method code)")
     method: str | None = option(
         None,
-        "'code' (default), or without training 'maskclip', 'sclip', 'clearclip' or 'naclip' "
-        "(segment.py's default without --checkpoint)",
+        "'code' (default), or without training 'maskclip', 'sclip', 'clearclip', 'naclip'",
     )
     protocol: str | None = option(
         None,
-        "'thesis' (default): section 4.1; 'training-free': as methods without training publish "
-        "(segment.py's default for them)",
+        "'thesis' (evaluate.py's default) or 'training-free', as methods without training publish",
     )
     prior: str = option("maskclip", "dense features of code's frozen prior branch, one of the four")
     names: str | None = option(
@@ -166,8 +164,7 @@ class MaskConfig:
     precision: str = option("float32", "of the matrix products: float32, bfloat16 or float16")
     background: float | None = option(
         None,
-        "threshold below which a pixel is background; default: 0.4, without PAMR 0.5 "
-        "(training-free: 0.1)",
+        "threshold of the background; default: 0.4, without PAMR 0.5 (training-free: 0.1)",
         low=0,
         high=1,
     )
@@ -275,16 +272,26 @@ def parse(description: str, *configs: type, presets: dict[str, dict] | None = No
         parser.set_defaults(**presets[chosen])
         arguments = vars(parser.parse_intermixed_args())
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
-    for f in (f for config in configs for f in fields(config)):
+    made = [config(**{f.name: values[f.name] for f in fields(config)}) for config in configs]
+    for config in made:
+        try:
+            check_ranges(config)
+        except UserError as error:
+            parser.error(str(error))
+    return tuple(made)
+
+
+def check_ranges(config: Any) -> None:
+    """Whether every number is finite and in its field's range. Raises UserError."""
+    for f in fields(config):
         low, high = f.metadata["low"], f.metadata["high"]
-        value, flag = values[f.name], "--" + f.name.replace("_", "-")
+        value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
         if isinstance(value, float) and not math.isfinite(value):
-            parser.error(f"{flag} {value}: must be a finite number")
+            raise UserError(f"{flag} {value}: must be a finite number")
         if value is not None and low is not None and value < low:
-            parser.error(f"{flag} {value}: must be at least {low}")
+            raise UserError(f"{flag} {value}: must be at least {low}")
         if value is not None and high is not None and value > high:
-            parser.error(f"{flag} {value}: must be at most {high}")
-    return tuple(config(**{f.name: values[f.name] for f in fields(config)}) for config in configs)
+            raise UserError(f"{flag} {value}: must be at most {high}")
 
 
 class _Parser(argparse.ArgumentParser):

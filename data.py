@@ -210,8 +210,9 @@ class PairStream(IterableDataset):
         nouns = select_nouns(caption, self.tagger)
         if len(nouns) < self.nouns:
             raise BadSample(f"fewer than {self.nouns} nouns")
-        nouns = [nouns[i] for i in rng.permutation(len(nouns))]
-        templates = [KNOWLEDGE_TEMPLATES[i] for i in rng.integers(80, size=self.nouns)]
+        nouns = [nouns[i] for i in rng.permutation(len(nouns))]  # the first J are drawn
+        chosen = rng.integers(len(KNOWLEDGE_TEMPLATES), size=self.nouns)
+        templates = [KNOWLEDGE_TEMPLATES[i] for i in chosen]
         with torch.random.fork_rng(devices=[]):  # torch.manual_seed would seed every GPU too
             torch.default_generator.manual_seed(int(rng.integers(2**31)))
             image = RandomResizedCrop(self.size, (self.min_crop, 1.0))(image)

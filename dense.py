@@ -82,9 +82,8 @@ def word_similarity(
 
 # --- from cosines to masks as these methods publish -----------------------------------------------
 
-# CLIP's own 80 templates and pixel statistics, where the thesis has TCL's nine and ImageNet's.
+# CLIP's own 80 templates, where the thesis has TCL's nine.
 TRAINING_FREE_TEMPLATES = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
-CLIP_MEAN, CLIP_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
 
 def word_probabilities(cosine: Tensor, image: Tensor, config: MaskConfig) -> Tensor:
@@ -93,7 +92,7 @@ def word_probabilities(cosine: Tensor, image: Tensor, config: MaskConfig) -> Ten
     cosine: (N, h, w); image: (1, 3, H, W), any range. Returns (N, H, W), which sum to 1. A large
     image is taken at `long_side`: refined at 12 million pixels, 30 words would fill a laptop.
     """
-    scale = min(1.0, config.long_side / max(image.shape))
+    scale = min(1.0, config.long_side / max(image.shape[-2:]))
     size = [max(1, round(side * scale)) for side in image.shape[-2:]]
     cosine = F.interpolate(cosine[None], size, mode="bilinear", align_corners=False)
     if config.pamr:

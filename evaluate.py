@@ -14,14 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import open_clip
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from checkpoints import load_method
-from config import MASK_PRESETS, EvalConfig, MaskConfig, TrainConfig, UserError, parse, run
+from config import MASK_PRESETS, EvalConfig, MaskConfig, TrainConfig, parse, run
 from datasets import IGNORED, THESIS_DATASETS, Benchmark, load_benchmark, read_ahead
-from datasets.predictions import check_predictions, read_prediction
+from datasets.predictions import check_predictions, folder_of, read_prediction
 from datasets.protocols import completed, described, with_words
 from model import CoDe
 from segmenter import Segmenter
@@ -106,9 +105,9 @@ def evaluate(segmenter: Segmenter | None, benchmark: Benchmark, config: EvalConf
             shown = label_maps(image, [label, predicted], benchmark.class_names, hidden, note)
             save_png(shown, folder_of(config.show_dir, benchmark, config) / name)
     if process_count() > 1:
-        counts = torch.from_numpy(iou.counts).to(segmenter.device)
-        dist.all_reduce(counts)  # integers: the sum is the same in any order
-        iou.counts = counts.cpu().numpy()
+        every: list = [None] * process_count()
+        dist.all_gather_object(every, iou.counts)
+        iou.counts = sum(every)  # of integers: the same in any order
     per_class = {
         name: None if np.isnan(value) else float(value)
         for name, value in zip(benchmark.class_names, iou.per_class())
@@ -125,21 +124,14 @@ def evaluate(segmenter: Segmenter | None, benchmark: Benchmark, config: EvalConf
     }
 
 
-def folder_of(folder: str, benchmark: Benchmark, config: EvalConfig) -> Path:
-    """With --dataset all, every benchmark has a folder of its own."""
-    return Path(folder) / benchmark.name if config.dataset == "all" else Path(folder)
-
-
 def main() -> None:
     config, settings = parse(__doc__, EvalConfig, MaskConfig, presets=MASK_PRESETS)
     if config.json:
         refuse_folder(config.json)  # not after an hour
     names = THESIS_DATASETS if config.dataset == "all" else [config.dataset]
     benchmarks = [load_benchmark(name, config.root) for name in names]
-    if config.predictions and (settings.checkpoint or settings.method):
-        raise UserError("--predictions and --checkpoint or --method: give one of them")
-    for benchmark in benchmarks if config.predictions else ():
-        check_predictions(folder_of(config.predictions, benchmark, config), benchmark)
+    if config.predictions:
+        check_predictions(config, settings, benchmarks)
     device = choose_device(settings.device)
     start_processes(device, config.timeout)
     trained = Path(TrainConfig().out, "last.pt")

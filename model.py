@@ -125,8 +125,8 @@ def hard_mask(logits: Tensor, noise: Tensor | None) -> Tensor:
 class TextSegmenter(nn.Module):
     """F^t (section 3.2): word-wise features x^t, and w and b of the word logits.
 
-    Two learned residual blocks on the frozen text tower's last hidden states. Unlike the tower they
-    look both ways, and at the caption's own tokens only, from SOS to EOT (the release: at all 77).
+    Two learned residual attention blocks, MLPs included, on the frozen text tower's last hidden
+    states. They look both ways, and from SOS to EOT only (the release: at all 77 positions).
     """
 
     def __init__(self, clip: open_clip.CLIP, config: ModelConfig):
@@ -222,8 +222,10 @@ class CoDe(nn.Module):
         if self.decomposes_text:
             self.text_segmenter = TextSegmenter(clip, config)
         # log(1 / tau) of the contrastive losses, tau = 0.07 at the start.
-        for name in ("image", "region", "hcl") if config.co_decomposition else ("image", "region"):
-            setattr(self, f"{name}_log_scale", nn.Parameter(torch.tensor(1 / 0.07).log()))
+        self.image_log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.region_log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        if config.co_decomposition:
+            self.hcl_log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
         # P^v and P^t start as zeros; where an ablation does not learn them, they stay so.
         p_v, learned = torch.zeros(3, *size), config.co_decomposition and config.region_prompt
         self.region_prompt = nn.Parameter(p_v) if learned else nn.Buffer(p_v, persistent=False)
@@ -264,10 +266,8 @@ class CoDe(nn.Module):
         return self.text_segmenter(hidden, end_of_text(tokens))[:, :length]
 
     def forward(self, batch, noise: Tensor | None = None) -> Decomposition:
-        """Decompose b pairs (a `data.Batch`) into regions and word segments.
-
-        Eq. 3.6: e^v = E^v(H^v), e^t = E^t(H^t), of every highlighted region and word segment.
-        noise: logistic noise for the hard masks (J, b, H, W), None for none.
+        """Decompose b pairs (a `data.Batch`) into regions and word segments, and embed these,
+        Eq. 3.6: e^v = E^v(H^v), e^t = E^t(H^t). noise: logistic, for the hard masks (J, b, H, W).
         """
         clip, images = self.clip, batch.images  # (b, 3, S, S)
         with torch.no_grad():  # what only the frozen CLIP has to say

@@ -20,20 +20,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 from checkpoints import load_method
-from clip import (
-    PRIOR_TEMPLATES,
-    SHAPES_ARCHITECTURE,
-    end_of_text,
-    noun_prompts,
-    tokenize,
-)
-from config import MASK_PRESETS, MaskConfig, UserError, option, parse, run
+from clip import SHAPES_ARCHITECTURE, noun_prompts, tokenize, tokens_of
+from config import MASK_PRESETS, MaskConfig, UserError, check_ranges, option, parse, run
 from data import nltk_tagger, select_nouns, shapes_tagger
 from datasets.protocols import (
     alternatives,
@@ -42,7 +35,6 @@ from datasets.protocols import (
     read_names,
     training_free_names,
 )
-from dense import TRAINING_FREE_TEMPLATES
 from model import CoDe, word_mask
 from segmenter import Segmenter, arg_max, with_background
 from sources import IMAGE_SUFFIXES, BadSample, read_image
@@ -107,9 +99,10 @@ def images_and_words(inputs: Sequence[str]) -> tuple[list[Path], list[str]]:
             words.append(" ".join(given.split()))
     if not images:
         raise UserError("no image given: name images or folders, then the words to look for")
-    if any(not tokens_of(word) for word in words):
-        raise UserError("an empty query: name words to look for")
-    return images, list(dict.fromkeys(words))
+    distinct: dict[str, str] = {}
+    for word in words:
+        distinct.setdefault(word.lower(), word)  # CLIP reads lower case
+    return images, list(distinct.values())
 
 
 def queries(words: Sequence[str], config: SegmentConfig, settings: MaskConfig) -> list[str]:
@@ -118,7 +111,11 @@ def queries(words: Sequence[str], config: SegmentConfig, settings: MaskConfig) -
     if len(given := [name for name, value in sources.items() if value]) > 1:
         raise UserError(f"{given[0]} and {given[1]}: give one of them")
     if settings.names is not None:
-        return read_names(settings.names)
+        lines = read_names(settings.names)
+        first = [called(line).lower() for line in lines]
+        if twice := next((name for name in first if first.count(name) > 1), None):
+            raise UserError(f"--names {settings.names}: two lines begin with {twice!r}")
+        return lines
     if config.caption is None:
         if not words:
             raise UserError("no words to look for: name some after the images, or a --caption")
@@ -133,48 +130,51 @@ def queries(words: Sequence[str], config: SegmentConfig, settings: MaskConfig) -
     return nouns
 
 
+def called(line: str) -> str:
+    """What a query is called: the first of its alternatives."""
+    return line.split(",")[0].strip()
+
+
 def chosen(settings: MaskConfig, names: Sequence[str]) -> MaskConfig:
     """The options completed for any image: without a checkpoint NACLIP, and without training its
     own protocol, in which the things that may surround the names are the background's words."""
     if settings.method is None and settings.checkpoint is None:
-        settings = replace(settings, method="naclip")
+        # The built-in CLIP was pretrained for the features that MaskCLIP reads.
+        settings = replace(settings, method="maskclip" if settings.clip == "shapes" else "naclip")
     if settings.protocol is None and settings.method not in (None, "code"):
         settings = replace(settings, protocol="training-free")
     settings = completed(settings)
     if settings.background_words is None and settings.protocol == "training-free":
         (common, *_) = training_free_names("shapes" if settings.clip == "shapes" else "voc")
-        asked = {name for line in names for name in alternatives(line, "words")}
-        others = [word for word in alternatives(common, "words") if word not in asked]
+        asked = {name.lower() for line in names for name in alternatives(line, "query")}
+        others = [word for word in common.split(",") if word not in asked]
         settings = replace(settings, background_words=",".join(others))
     return settings
 
 
-def load_segmenter(words: Sequence[str], **options) -> Segmenter:
-    """A segmenter of these words, to be called with PIL images.
+def load_segmenter(words: Sequence[str], preset: str = "thesis", **options) -> Segmenter:
+    """From Python: a segmenter of these words, to be called with PIL images.
 
-    options: fields of `config.MaskConfig`, such as checkpoint="code_released.pth"; without one it
-    is NACLIP on CLIP's own weights, which are fetched the first time. Raises UserError.
+    preset: "shapes" for checkpoints of the built-in world; options: fields of `config.MaskConfig`,
+    such as checkpoint="code_released.pth"; without one it is NACLIP on CLIP's own weights, which
+    are fetched the first time. Raises UserError.
     """
-    settings = chosen(MaskConfig(**options), words)
+    if isinstance(words, str) or not words or "names" in options:
+        raise UserError("words: a list of at least one, and no file of names beside it")
+    settings = MaskConfig(**MASK_PRESETS.get(preset, {}) | options)
+    check_ranges(settings)
+    return segmenter_for(words, settings, preset)
+
+
+def segmenter_for(words: Sequence[str], settings: MaskConfig, preset: str) -> Segmenter:
+    """A segmenter by the options completed for any image. Raises UserError."""
+    settings = chosen(settings, words)
     clip, model = load_method(settings, choose_device(settings.device))
+    of_shapes = clip.text_projection.shape[0] == SHAPES_ARCHITECTURE["embed_dim"]
+    if of_shapes != (preset == "shapes"):
+        change = "add --preset shapes" if of_shapes else "leave --preset shapes out"
+        raise UserError(f"this CLIP is {'' if of_shapes else 'not '}the shapes world's: {change}")
     return Segmenter(clip, model, words, settings)
-
-
-def check_lengths(names: Sequence[str], context_length: int, templates: Sequence[str]) -> None:
-    """CLIP's text tower holds 75 tokens beside SOS and EOT: the learned context and the query, or
-    a hand-written template and the query."""
-    room = 75 - max(context_length, *(len(tokens_of(form.format(""))) for form in templates))
-    for name in (name for line in names for name in alternatives(line, "words")):
-        if not tokens_of(name):
-            raise UserError("an empty query: name words to look for")
-        if (count := len(tokens_of(name))) > room:
-            raise UserError(f"{name[:40]!r}...: {count} tokens, a query holds {room} at most")
-
-
-def tokens_of(text: str) -> list[int]:
-    """All BPE token ids of a text, without SOS and EOT; none of what is no text, such as a BOM."""
-    row = open_clip.tokenize([text], context_length=4 * len(text) + 8)[0]
-    return row[1 : int(end_of_text(row))].tolist()
 
 
 @torch.no_grad()
@@ -240,24 +240,6 @@ def check_options(config: SegmentConfig, settings: MaskConfig) -> None:
         refuse_folder(name)  # not after all the images
 
 
-def check_method(
-    clip: open_clip.CLIP,
-    model: CoDe | None,
-    names: Sequence[str],
-    config: SegmentConfig,
-    protocol: str,
-) -> None:
-    """Whether this CLIP and this model can do what is asked for. Raises UserError."""
-    of_shapes = clip.text_projection.shape[0] == SHAPES_ARCHITECTURE["embed_dim"]
-    if of_shapes != (config.preset == "shapes"):
-        change = "add --preset shapes" if of_shapes else "leave --preset shapes out"
-        raise UserError(f"this CLIP is {'' if of_shapes else 'not '}the shapes world's: {change}")
-    templates = PRIOR_TEMPLATES if protocol == "thesis" else TRAINING_FREE_TEMPLATES
-    check_lengths(names, len(model.context) if model is not None else 0, templates)
-    if config.caption is not None and (model is None or not model.decomposes_text):
-        raise UserError("--caption: this method has no text segmenter; name words instead")
-
-
 def main() -> None:
     config, settings = parse(__doc__, SegmentConfig, MaskConfig, presets=MASK_PRESETS)
     check_options(config, settings)
@@ -268,18 +250,16 @@ def main() -> None:
     if len(names) > 255:
         raise UserError(f"{len(names)} queries: an indexed PNG holds 255 at most")
     if settings.checkpoint is None and settings.method is None:
-        weights = f"{settings.clip}, {settings.clip_weights}"
-        if weights == f"{MaskConfig.clip}, {MaskConfig.clip_weights}":
-            weights += ", 600 MB the first time"
-        print(f"no --checkpoint: NACLIP, without training, on CLIP's own weights ({weights})")
-    settings = chosen(settings, names)
-    clip, model = load_method(settings, choose_device(settings.device))
-    check_method(clip, model, names, config, settings.protocol)
-    masks = None if config.caption is None else word_masks(model, config.caption, names)
-    segmenter = Segmenter(clip, model, names, settings)
-    asked = settings.names or f"{len(names)} words"
+        print(announcement(settings), flush=True)
+    segmenter = segmenter_for(names, settings, config.preset)
+    settings, model, masks = segmenter.config, segmenter.model, None
+    if config.caption is not None:
+        if model is None or not model.decomposes_text:
+            raise UserError("--caption: this method has no text segmenter; name words instead")
+        masks = word_masks(model, config.caption, names)
+    asked = settings.names or f"{len(names)} quer{'y' if len(names) == 1 else 'ies'}"
     print(described(replace(settings, names=asked)), flush=True)
-    names = [line.split(",")[0] for line in names]  # what a class is called
+    names = [called(line) for line in names]
     flat_palette = [0, 0, 0, *(value for colour in palette(len(names)) for value in colour)]
 
     out, taken, found, items, bad = Path(config.out), set(), {}, [], 0
@@ -296,15 +276,13 @@ def main() -> None:
         taken.add(name)
         scores, size = segmenter.scores(image), (image.height, image.width)
         best, index = (value.cpu() for value in arg_max(scores, size))
-        index = index - segmenter.behind
-        labels = (
-            index + 1 if config.no_background else with_background(best, index, settings.background)
-        )
+        index, background = index - segmenter.first_class, settings.background
+        labels = index + 1 if config.no_background else with_background(best, index, background)
         result = Result(name, image, best.numpy(), labels.numpy())
         save_png(figure_of(result, names, config.caption, masks), out / f"{name}.overlay.png")
         save_png(indexed(result.labels, flat_palette), out / f"{name}.labels.png")
         if config.show_scores:
-            for i, score in enumerate(scores[segmenter.behind :], start=1):
+            for i, score in enumerate(scores[segmenter.first_class :], start=1):
                 score = F.interpolate(score[None, None], size, mode="bilinear")[0, 0].cpu().numpy()
                 save_png(heat(image, score), out / f"{name}.score-{i}.png")
         found[str(path)] = shares(result, names)
@@ -320,6 +298,19 @@ def main() -> None:
     if bad:
         print(f"{bad} of {len(paths)} images could not be read", file=sys.stderr)
         sys.exit(2)
+
+
+def announcement(settings: MaskConfig) -> str:
+    """What is done without a checkpoint, with which weights, and how much is fetched."""
+    if settings.clip == "shapes":
+        return "no --checkpoint: MaskCLIP, without training, on the built-in CLIP"
+    weights = {
+        "none": "random weights, so the masks mean nothing",
+        "openai": "openai's weights, fetched the first time",
+    }.get(settings.clip_weights, settings.clip_weights)
+    if (settings.clip, settings.clip_weights) == (MaskConfig.clip, MaskConfig.clip_weights):
+        weights += ": 600 MB"
+    return f"no --checkpoint: NACLIP, without training, on {settings.clip} ({weights})"
 
 
 def summary(found: dict) -> str:

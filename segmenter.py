@@ -12,19 +12,21 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from clip import IMAGE_MEAN, IMAGE_STD, PRIOR_TEMPLATES, cosines, template_embedding, visual_hidden
+from clip import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    PRIOR_TEMPLATES,
+    check_lengths,
+    cosines,
+    template_embedding,
+    visual_hidden,
+)
 from config import MaskConfig, ModelConfig
 from datasets.protocols import alternatives, completed
-from dense import (
-    CLIP_MEAN,
-    CLIP_STD,
-    DENSE,
-    TRAINING_FREE_TEMPLATES,
-    word_probabilities,
-    word_similarity,
-)
+from dense import DENSE, TRAINING_FREE_TEMPLATES, word_probabilities, word_similarity
 from model import CoDe
 from pamr import pamr
+from sources import to_rgb
 from support.device import autocast, choose_precision, enough_memory
 
 
@@ -47,15 +49,19 @@ class Segmenter:
         self.cells_per_patch = (model.config if model else ModelConfig()).cells_per_patch
         # CoDe sees images as it did in training, under either protocol.
         imagenet = self.by_thesis or model is not None
-        statistics = (IMAGE_MEAN, IMAGE_STD) if imagenet else (CLIP_MEAN, CLIP_STD)
+        clips = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+        statistics = (IMAGE_MEAN, IMAGE_STD) if imagenet else clips
         self.mean, self.std = (
             torch.tensor(v, device=self.device).view(3, 1, 1) for v in statistics
         )
-        self.behind = int(bool(config.background_words))  # the background is a class, the first
-        lines = [config.background_words] * self.behind + [*names]
-        words = [alternatives(line, "words") for line in lines]
-        self.counts, words = [len(some) for some in words], sum(words, [])
+        # Words of the background are one class more, in row 0 of the scores.
+        self.first_class = int(bool(config.background_words))
+        words = [alternatives(line, "query") for line in names]
+        if self.first_class:
+            words.insert(0, alternatives(config.background_words, "--background-words"))
+        self.counts, words = [len(line) for line in words], sum(words, [])
         templates = PRIOR_TEMPLATES if self.by_thesis else TRAINING_FREE_TEMPLATES
+        check_lengths(words, len(model.context) if model else 0, templates)
         self.prior_embedding = template_embedding(clip, words, templates)  # (words, C)
         if model is not None:  # n_c; TCL's released model has no learned context
             learned = len(model.context) > 0
@@ -65,12 +71,13 @@ class Segmenter:
     def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
         """Boolean masks of the words and their scores in [0, 1]: (N, H, W) each, the image's size.
 
+        image: of any mode, taken as it stands (EXIF's orientation is the caller's to apply).
         A pixel is in at most one mask: in none where no score exceeds the background's threshold.
         """
-        size, scores = (image.height, image.width), self.scores(image.convert("RGB"))
+        size, scores = (image.height, image.width), self.scores(to_rgb(image))
         best, index = arg_max(scores, size)
-        labels = with_background(best, index - self.behind, self.config.background)
-        scores = F.interpolate(scores[None, self.behind :], size, mode="bilinear")[0]
+        labels = with_background(best, index - self.first_class, self.config.background)
+        scores = F.interpolate(scores[None, self.first_class :], size, mode="bilinear")[0]
         return torch.stack([labels == i + 1 for i in range(len(scores))]), scores
 
     @torch.no_grad()
@@ -115,8 +122,8 @@ class Segmenter:
 
     def scores(self, image: Image.Image) -> Tensor:
         """Masks of a whole RGB image by sliding windows, at the size these see: (N, h, w); under
-        the training-free protocol the words' probabilities, at the image's own size. Words of the
-        background have one more row, the first."""
+        the training-free protocol their probabilities, at the image's own size (its long side at
+        most `long_side`). Words of the background have one more row, the first."""
         config = self.config
         pixels = torch.from_numpy(np.array(image)).to(self.device).permute(2, 0, 1)[None].float()
         scale = min(config.short_side / min(image.size), config.long_side / max(image.size))
@@ -144,7 +151,7 @@ class Segmenter:
         best, index = arg_max(self.scores(image), (image.height, image.width))
         if not background:
             return index
-        return with_background(best, index - self.behind, self.config.background)
+        return with_background(best, index - self.first_class, self.config.background)
 
 
 def window_starts(side: int, window: int, stride: int) -> list[int]:

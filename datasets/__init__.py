@@ -1,4 +1,4 @@
-"""Benchmarks. Each module of this folder has `load(root) -> Benchmark`."""
+"""Benchmarks: a file each with `load(root) -> Benchmark`, and what they have in common."""
 
 import importlib
 from collections import deque

@@ -1,21 +1,37 @@
 """Label maps that another program wrote, evaluated as if they were ours."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from config import UserError
+from config import EvalConfig, MaskConfig, UserError
 from datasets import UNKNOWN, Benchmark, lookup, read_label
 
 
-def check_predictions(folder: Path, benchmark: Benchmark) -> None:
-    """Whether a folder has STEM.png for every image of a benchmark. Raises UserError."""
-    missing = [stem for stem in benchmark.stems if not (folder / f"{stem}.png").is_file()]
-    if missing:
-        raise UserError(
-            f"--predictions {folder}: {len(missing)} of the {len(benchmark.stems)} label maps of "
-            f"{benchmark.name} are missing, {missing[0]}.png first"
-        )
+def folder_of(folder: str, benchmark: Benchmark, config: EvalConfig) -> Path:
+    """With --dataset all, every benchmark has a folder of its own."""
+    return Path(folder) / benchmark.name if config.dataset == "all" else Path(folder)
+
+
+def check_predictions(
+    config: EvalConfig, settings: MaskConfig, benchmarks: Sequence[Benchmark]
+) -> None:
+    """Whether --predictions holds a label map of every image, and nothing asks for other masks.
+    Raises UserError."""
+    for name in ("checkpoint", "method", "protocol", "names", "background_words"):
+        if getattr(settings, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"--predictions and {flag}: give one of them")
+    for benchmark in benchmarks:
+        folder = folder_of(config.predictions, benchmark, config)
+        stems = benchmark.stems[: config.limit]
+        missing = [stem for stem in stems if not (folder / f"{stem}.png").is_file()]
+        if missing:
+            raise UserError(
+                f"--predictions {folder}: {len(missing)} of the {len(stems)} label maps of "
+                f"{benchmark.name} are missing, {missing[0]}.png first"
+            )
 
 
 def read_prediction(

@@ -59,6 +59,8 @@ def described(config: MaskConfig) -> str:
     prior = f" with {config.prior_weight:.0%} {config.prior} prior" if mixed else ""
     refined = "refined" if config.pamr else "not refined"
     names = config.names or ("class" if config.protocol == "thesis" else config.protocol) + " names"
+    if config.background_words:
+        names += f" and {config.background_words.count(',') + 1} of the background"
     return f"{config.protocol} protocol, {config.method}{prior}, {refined}, {names}"
 
 
@@ -69,7 +71,7 @@ def alternatives(line: str, where: str) -> list[str]:
     """The names in a line, between commas. Raises UserError for an empty one."""
     names = [" ".join(name.split()) for name in line.split(",")]
     if not all(names):
-        raise UserError(f"{where}: an empty name in {line.strip()!r}")
+        raise UserError(f"{where}: an empty name in {line.strip()!r}: name words to look for")
     return names
 
 
@@ -79,6 +81,8 @@ def read_names(path: str) -> list[str]:
         lines = Path(path).read_text("utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--names {path}: cannot be read ({error})") from error
+    if not lines:
+        raise UserError(f"--names {path}: it is empty")
     for i, line in enumerate(lines, start=1):
         alternatives(line, f"--names {path}, line {i}")
     return lines

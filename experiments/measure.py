@@ -51,7 +51,7 @@ def mean_ious(
         image = benchmark.image(i)
         best, index = arg_max(segmenter.scores(image), image.size[::-1])
         for threshold, iou in sums.items():
-            labels = with_background(best, index - segmenter.behind, threshold)
+            labels = with_background(best, index - segmenter.first_class, threshold)
             iou.add(labels.numpy(), benchmark.label(i))
     return {str(threshold): iou.mean() for threshold, iou in sums.items()}
 

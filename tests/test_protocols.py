@@ -190,6 +190,7 @@ def test_words_of_a_benchmark(tmp_path):
     assert with_words(free, benchmark)[1].background_words == "sky"
     free.prior_weight, free.method = 0.3, "code"
     want = f"training-free protocol, code with 30% maskclip prior, refined, {file}"
+    want += " and 1 of the background"
     assert described(free) == want
 
 
@@ -202,12 +203,17 @@ def test_words_of_a_benchmark(tmp_path):
         (("--background-words", "sky,,wall"), "an empty name in 'sky,,wall'"),
         (("--protocol", "published"), "--protocol published: not one of thesis, training-free"),
         (("--predictions", "none"), "500 of the 500 label maps of shapes are missing"),
-        (("--predictions", "none", "--method", "naclip"), "--predictions and --checkpoint or"),
+        (("--predictions", "none", "--limit", "9"), "9 of the 9 label maps of shapes are missing"),
+        (("--predictions", "none", "--method", "naclip"), "--predictions and --method: give one"),
+        (("--predictions", "none", "--names", "two.txt"), "--predictions and --names: give one"),
+        (("--names", "nothing.txt"), "--names nothing.txt: it is empty"),
+        (("--background-words", "very " * 90), "90 tokens, a query holds 69 at most"),
         (("--dataset", "cityscapes", "--background-words", "sky"), "cityscapes has no background"),
     ],
 )
 def test_mistakes(arguments, message, mistake, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "nothing.txt").write_text("\n")
     (tmp_path / "two.txt").write_text("ball\nbox\n")
     (tmp_path / "empty.txt").write_text("ball\nbug,,kite\n")
     options = ("--dataset", "shapes", "--root", RAW, "--clip", "shapes")
@@ -243,8 +249,9 @@ def test_metrics_of_label_maps(tmp_path):
     benchmark = two_images((7, 8, 11, 12))
     save([[7, 8, 11, 12], [7, 8, 11, 7]], tmp_path / "x.png")
     save([[7, 7, 11, 12], [7, 8, 11, 12]], tmp_path / "y.png")
-    check_predictions(tmp_path, benchmark)
-    metrics = evaluate(None, benchmark, EvalConfig(predictions=str(tmp_path)))
+    config = EvalConfig(predictions=str(tmp_path))
+    check_predictions(config, MaskConfig(), [benchmark])
+    metrics = evaluate(None, benchmark, config)
     assert metrics["IoU"] == {"a": 80.0, "b": 75.0, "c": 100.0, "d": 100.0}
     assert metrics["method"] == f"predictions of {tmp_path}"
     assert json.dumps(metrics["settings"])
@@ -254,7 +261,7 @@ def test_a_label_map_that_does_not_fit_is_named(tmp_path):
     benchmark = two_images((7, 8, 11, 12))
     save([[7, 8, 11, 12]], tmp_path / "x.png")
     with pytest.raises(UserError, match="1 of the 2 label maps of two are missing, y.png first"):
-        check_predictions(tmp_path, benchmark)
+        check_predictions(EvalConfig(predictions=str(tmp_path)), MaskConfig(), [benchmark])
     with pytest.raises(UserError, match=r"x.png is 4 x 1, its image 4 x 2"):
         read_prediction(tmp_path, benchmark, 0, (4, 2))
     save([[7, 8, 11, 12], [0, 8, 11, 255]], tmp_path / "x.png")

@@ -14,16 +14,16 @@ from PIL import Image
 from runs import OPTIONS, SETTINGS, segment
 
 from checkpoints.ours import load_model
-from clip import noun_prompts, text_hidden, tokenize
-from config import MASK_PRESETS, MaskConfig, UserError
+from clip import noun_prompts, text_hidden, tokenize, tokens_of
+from config import MaskConfig, UserError
 from datasets import shapes
 from segment import (
     Result,
     chosen,
     images_and_words,
+    load_segmenter,
     main,
     shares,
-    tokens_of,
     word_masks,
 )
 from segmenter import Segmenter
@@ -63,21 +63,26 @@ def test_without_background_every_pixel_has_a_word(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options, clip",
+    "options, clip, how",
     [
-        (("--preset", "shapes"), "shapes, openai"),
-        # Where nothing can be fetched; few words of the background, whose embeddings take long.
-        (("--clip-weights", "none", "--background-words", "sky"), "ViT-B-16-quickgelu, none"),
+        (("--preset", "shapes"), "MaskCLIP, without training, on the built-in CLIP", "maskclip"),
+        (  # where nothing can be fetched; few words of the background: their embeddings take long
+            ("--clip-weights", "none", "--background-words", "sky"),
+            "NACLIP, without training, on ViT-B-16-quickgelu (random weights, so the masks mean "
+            "nothing)",
+            "naclip",
+        ),
     ],
 )
-def test_without_a_checkpoint(options, clip, world, tmp_path):
+def test_without_a_checkpoint(options, clip, how, world, tmp_path):
     """As a new user types it."""
     done = segment("scene.png", "bug", "sand", *options, "--out", tmp_path, folder=world)
     assert done.returncode == 0, done.stderr
-    first, how, line = done.stdout.splitlines()
-    want = "no --checkpoint: NACLIP, without training, on CLIP's own weights"
-    assert first == f"{want} ({clip})"
-    assert how == "training-free protocol, naclip, refined, 2 words"
+    first, second, line = done.stdout.splitlines()
+    assert first == f"no --checkpoint: {clip}"
+    count = 5 if how == "maskclip" else 1
+    want = f"training-free protocol, {how}, refined, 2 queries and {count} of the background"
+    assert second == want
     assert line.startswith("scene.png: bug ")
     with Image.open(tmp_path / "scene.labels.png") as stored:
         assert stored.size == (64, 64)
@@ -91,7 +96,8 @@ def test_the_first_time_is_announced(monkeypatch, capsys, world):
     monkeypatch.setattr(sys, "argv", ["segment.py", str(world / "scene.png"), "bug"])
     with pytest.raises(UserError, match="no network"):
         main()
-    assert "(ViT-B-16-quickgelu, openai, 600 MB the first time)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "(openai's weights, fetched the first time: 600 MB)" in said
 
 
 def test_names_from_a_file(world, tmp_path):
@@ -113,8 +119,9 @@ def test_names_from_a_file(world, tmp_path):
 def test_words_of_the_background_that_are_asked_for_are_none(world):
     settings = chosen(MaskConfig(clip="shapes"), ["bug", "sand, snow"])
     assert settings.background_words == "grass,water,brick,wood"
-    assert (settings.method, settings.protocol) == ("naclip", "training-free")
-    assert chosen(MaskConfig(), ["sky"]).background_words.startswith("wall,tree")
+    assert (settings.method, settings.protocol) == ("maskclip", "training-free")
+    assert chosen(MaskConfig(), ["sky"]).method == "naclip"
+    assert chosen(MaskConfig(), ["Sky"]).background_words.startswith("wall,tree")  # as CLIP reads
     assert chosen(MaskConfig(background_words="sky"), ["sky"]).background_words == "sky"
     trained = chosen(MaskConfig(checkpoint="x.pt"), ["sky"])
     assert (trained.method, trained.protocol, trained.background_words) == ("code", "thesis", None)
@@ -129,14 +136,41 @@ def test_from_python_as_the_readme_shows_it(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(shapes.scene("test", 1).image).save("photo.jpg")
     for more in ({}, {"checkpoint": str(world / "code.pt")}):
-        of_shapes = functools.partial(MaskConfig, **MASK_PRESETS["shapes"], **more)
-        monkeypatch.setattr("segment.MaskConfig", of_shapes)
+        of_shapes = functools.partial(load_segmenter, preset="shapes", **more)
+        monkeypatch.setattr("segment.load_segmenter", of_shapes)
         names: dict = {}
         exec(code, names)
         masks, scores = names["masks"], names["scores"]
         assert masks.shape == scores.shape == (2, 64, 64) and masks.dtype == torch.bool
         assert (masks.sum(0) <= 1).all() and 0 <= scores.min() < scores.max() <= 1
         assert (names["segmenter"].model is None) == (not more)
+
+
+@pytest.mark.parametrize(
+    "words, options, message",
+    [
+        ("bug", {}, "words: a list of at least one"),
+        ([], {}, "words: a list of at least one"),
+        (["bug"], {"names": "names.txt"}, "no file of names beside it"),
+        (["bug"], {"background": 2.0}, "--background 2.0: must be at most 1"),
+        (["very " * 90], {"preset": "shapes"}, "90 tokens, a query holds"),
+        (["bug"], {"checkpoint": "code.pt"}, "add --preset shapes"),
+        ([" "], {"preset": "shapes"}, "an empty name in ''"),
+    ],
+)
+def test_mistakes_from_python(words, options, message, world, monkeypatch):
+    monkeypatch.chdir(world)
+    with pytest.raises(UserError, match=message):
+        load_segmenter(words, **options)
+
+
+def test_images_of_any_mode_from_python(world):
+    image = Image.fromarray(shapes.scene("test", 2).image)
+    grey = np.asarray(image.convert("L"))
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    segmenter = load_segmenter(["bug", "wheel"], preset="shapes")
+    for a, b in zip(segmenter(Image.fromarray(grey)), segmenter(deep)):
+        assert torch.equal(a, b)
 
 
 def test_any_mode_and_orientation_and_a_bad_one_between_them(world, tmp_path):
@@ -178,7 +212,7 @@ def test_any_mode_and_orientation_and_a_bad_one_between_them(world, tmp_path):
         ((), "no image given"),
         (("scene.png",), "no words to look for"),
         (("missing.png", "bug"), "missing.png: no such image"),
-        (("scene.png", " "), "an empty query"),
+        (("scene.png", " "), "query: an empty name in ''"),
         (("scene.png", "bug", "--caption", "a bug"), "give one of them"),
         (("scene.png", "--caption", " "), "--caption: it is empty"),
         (("scene.png", "--caption", "it is so"), "no nouns found"),
@@ -197,6 +231,7 @@ def test_any_mode_and_orientation_and_a_bad_one_between_them(world, tmp_path):
         (("scene.png", "bug", "--preset", "forms"), "'thesis' or 'shapes'"),
         (("scene.png", "--caption", "a bug", "--checkpoint", "baseline.pt"), "no text segmenter"),
         ((".", "--checkpoint", "none.pt", "bug"), "none.pt"),
+        (("scene.png", "--names", "twice.txt"), "twice.txt: two lines begin with 'bug'"),
         (("scene.png", "bug", "--names", "none.txt"), "words and --names: give one of them"),
         (("scene.png", "--names", "none.txt"), "--names none.txt: cannot be read"),
         (("scene.png", "bug,"), "an empty name in 'bug,'"),
@@ -206,13 +241,14 @@ def test_any_mode_and_orientation_and_a_bad_one_between_them(world, tmp_path):
 )
 def test_mistakes_are_one_line_and_exit_code_2(world, arguments, message, monkeypatch, mistake):
     (world / "nothing").mkdir(exist_ok=True)
+    (world / "twice.txt").write_text("bug, beetle\nsand\nBug, fly\n")
     monkeypatch.chdir(world)
     assert message in mistake(main, *OPTIONS, *arguments)
 
 
 def test_words_and_images_may_come_in_any_order(world):
     image = str(world / "scene.png")
-    assert images_and_words(["a  bug", image, "bug", "a bug"]) == (
+    assert images_and_words(["a  bug", image, "bug", "A bug"]) == (
         [Path(image)],
         ["a bug", "bug"],
     )
