@@ -9,6 +9,7 @@ from conftest import ROOT
 
 from clip import SHAPES_WEIGHTS, load_clip
 from datasets import shapes
+from experiments.bound import class_masks
 from experiments.pretrain import retrieval_accuracy, zero_shot_accuracy
 
 
@@ -73,3 +74,12 @@ def test_the_shipped_clip_knows_its_world():
     retrieval = float(re.search(r"([\d.]+) % of the images retrieve", readme)[1])
     assert zero_shot_accuracy(clip, "test") == pytest.approx(objects, abs=0.25)
     assert retrieval_accuracy(clip, "test") == pytest.approx(retrieval, abs=0.25)
+
+
+def test_masks_of_the_bound_are_shares_of_the_cells():
+    label = np.zeros((1, 64, 64), np.uint8)
+    label[0, :4, :6], label[0, 59:, 62:] = 3, 12
+    masks = class_masks(label, 32)
+    assert masks.shape == (1, 12, 32, 32)
+    assert masks[0, 2, :2, :3].eq(1).all() and masks[0, 11, 30:, 31].eq(1).all()
+    assert masks[0, 11, 29, 31] == 0.5 and masks.sum() == 6 + 2.5
