@@ -15,7 +15,8 @@ from experiments.read_pair import Pairs
 from support.page import data_uri
 
 Observations = Sequence[SimpleNamespace]
-NOUNS = "ab"  # the classes of the two drawn nouns' colours
+NOUNS = "abcd"  # classes of colours: of the two drawn nouns, and of two words of section 4.1
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def at(variants: Sequence[str], tag: str = "span") -> str:
@@ -37,6 +38,14 @@ def value(name: str, number: float, digits: int = 3) -> str:
 def signed(number: float, digits: int = 2) -> str:
     """A number with a true minus sign, and no negative zero."""
     return f"{round(number, digits) + 0.0:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def readable(number: float) -> str:
+    """A number as a reader writes it: 50,000, −2.5, 5 × 10⁻⁶."""
+    if 0 < abs(number) < 1e-3:
+        digits, power = f"{number:e}".split("e")
+        return f"{float(digits):g} × 10{str(int(power)).translate(RAISED)}"
+    return f"{number:,.10g}".replace("-", "\N{MINUS SIGN}")
 
 
 def tile(array: np.ndarray | Tensor, alt: str, title: str = "", kind: str = "") -> str:

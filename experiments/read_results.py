@@ -19,6 +19,7 @@ from experiments.read_draw import (
     every,
     heat,
     plot,
+    readable,
     row,
     signed,
     strip,
@@ -42,7 +43,7 @@ TERMS = {  # of log.jsonl, as the bars are called
     "seg_t": "word masks",
     "hcl": "regions against word segments, Eq. 3.7",
 }
-SHOWN = 2  # words of the large scene whose masks are shown
+SHOWN = 2  # words of the large scene whose masks are shown, in the colours after the pair's
 
 
 # --- 3.4 ------------------------------------------------------------------------------------------
@@ -159,6 +160,7 @@ def schedule(config: TrainConfig) -> str:
         return bottom - 150 * rate / config.lr
 
     line = "L".join(f"{x(s):.1f} {y(learning_rate(int(s), config)):.1f}" for s in steps)
+    first, last = config.lr, config.lr * config.final_lr
     warm, free = round(config.warmup * config.steps), round(config.unfreeze * config.steps)
     marks = "".join(
         f'<path class="grid" d="M{x(s):.1f} 20V{bottom}"/>'
@@ -166,17 +168,21 @@ def schedule(config: TrainConfig) -> str:
         for s, side in ((0, ""), (warm, "middle"), (free, "middle"), (config.steps, "end"))
     )
     texts = (
-        f'<text class="small end" x="{left - 8}" y="{y(config.lr) + 4}">{config.lr:g}</text>'
-        f'<text class="small end" x="{left - 8}" y="{y(config.lr * config.final_lr) + 4:.1f}">'
-        f"{config.lr * config.final_lr:g}</text>"
+        f'<text class="small end" x="{left - 8}" y="{y(first) + 4}">{readable(first)}</text>'
+        f'<text class="small end" x="{left - 8}" y="{y(last) + 4:.1f}">{readable(last)}</text>'
         f'<text class="small" x="{x(free) + 8:.1f}" y="36">the block copy trains from here</text>'
         f'<text class="small" x="{left + 8}" y="36">warm-up</text>'
     )
-    alt = f"Learning rate: up to {config.lr:g} at step {warm:,}, then a cosine down"
+    alt = f"Learning rate: up to {readable(config.lr)} at step {warm:,}, then a cosine down"
     return plot(width, 205, alt, f'{marks}{texts}<path class="line" d="M{line}"/>')
 
 
 # --- 4.1 ------------------------------------------------------------------------------------------
+
+
+def listed(numbers: Sequence[int]) -> str:
+    """1, 2 and 3."""
+    return f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
 
 
 def windows(large: Large) -> str:
@@ -187,7 +193,7 @@ def windows(large: Large) -> str:
         for side in (height, width)
     )
     side = large.settings.window
-    marks = {(0, 0): NOUNS[0], (rows[-1], columns[1]): NOUNS[1]}
+    marks = {(0, columns[1]): NOUNS[SHOWN], (rows[-1], columns[-1]): NOUNS[SHOWN + 1]}
     boxes = "".join(
         f'<rect class="window {marks.get((top, left), "")}" x="{left + 1}" y="{top + 1}" '
         f'width="{side - 2}" height="{side - 2}" rx="2"/>'
@@ -201,7 +207,8 @@ def windows(large: Large) -> str:
         f'<svg class="large" viewBox="0 0 {width} {height}" role="img" aria-label="{alt}">'
         f'<image class="px" href="{uri}" width="{width}" height="{height}"/>{boxes}</svg>'
         f"<p class='reading'>{count} windows of {side} × {side}, one every "
-        f"{large.settings.stride} pixels</p>"
+        f"{large.settings.stride} pixels; rows begin at {listed(rows)}, columns at "
+        f"{listed(columns)}</p>"
     )
 
 
@@ -226,7 +233,8 @@ def branch_masks(large: Large, found: Sequence[dict[str, Tensor]]) -> str:
             at([tile(f[key][i], f"{title}: soft mask of {name}", title) for f in found])
             for key, title in titles.items()
         ]
-        lines.append(f'<p class="said">{chip(name, j)}</p>' + row(*cells, kind="four landscape"))
+        said = f'<p class="said">{chip(name, SHOWN + j)}</p>'
+        lines.append(said + row(*cells, kind="four landscape"))
     return "".join(lines)
 
 
