@@ -130,8 +130,8 @@ def code_block(name: str, shown: bool) -> str:
         f'<details class="code" data-object="{name}" data-file="{file}" data-line="{start}"'
         f"{' open' if shown else ''}><summary><code>{short}</code>"
         f"<span>{file}:{start}</span></summary>"
-        f'<pre tabindex="0" role="group" aria-label="{short}" style="counter-reset: line '
-        f'{start - 1}"><code>{"".join(lines)}</code></pre></details>'
+        f'<pre role="group" aria-label="{short}" style="counter-reset: line {start - 1}">'
+        f"<code>{''.join(lines)}</code></pre></details>"
     )
 
 
