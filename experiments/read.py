@@ -72,7 +72,11 @@ CODE = {
     "eq-3-8": ("losses.code_losses", "train.global_losses"),
     "training": ("train.learning_rate", "train.make_optimizer", "train.train"),
     "windows": ("segmenter.Segmenter.scores", "segmenter.window_starts"),
-    "branches": ("segmenter.Segmenter.masks", "dense.word_similarity"),
+    "branches": (
+        "segmenter.Segmenter.masks",
+        "dense.word_similarity",
+        "clip.template_embedding",
+    ),
     "refinement": ("pamr.pamr", "pamr.affinity", "pamr.neighbours"),
     "background": (
         "segmenter.with_background",

@@ -254,7 +254,7 @@ def branch_masks(large: Large, found: Sequence[dict[str, Tensor]]) -> str:
         "prior": "prior branch",
         "mask": "mask branch",
         "refined": "refined by PAMR",
-        "mixed": "mixed, 7 : 3",
+        "mixed": f"mixed, prior {large.settings.prior_weight:.0%}",
     }
     lines = []
     for j, i in enumerate(biggest(large)):
