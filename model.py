@@ -173,7 +173,7 @@ def highlight_image(images: Tensor, mask: Tensor, region_prompt: Tensor) -> Tens
     """Eq. 3.4: H^v = X^v M^v + P^v (1 - M^v).
 
     images: (b, 3, S, S); mask: M^v of every noun (J, b, H, W), resized to the images (nearest);
-    prompt: (3, S, S). Returns (J, b, 3, S, S).
+    region_prompt: (3, S, S). Returns (J, b, 3, S, S).
     """
     mask = F.interpolate(mask, images.shape[-2:], mode="nearest")[:, :, None]
     return images * mask + region_prompt * (1 - mask)
@@ -183,7 +183,8 @@ def highlight_text(embeddings: Tensor, mask: Tensor, word_prompt: Tensor, eot: T
     """Eq. 3.5: H^t = X^t M^t + P^t (1 - M^t) on token embeddings, before the positions are added.
 
     embeddings: (b, L, C_t); mask: m^t of every noun (J, b, L), taken as 1 at SOS and EOT, which so
-    stay as they are; prompt: one vector per position (77, C_t); eot: (b,). Returns (J, b, L, C_t).
+    stay as they are; word_prompt: one vector per position (77, C_t); eot: (b,). Returns
+    (J, b, L, C_t).
     """
     position = torch.arange(embeddings.shape[1], device=eot.device)
     mask = mask.masked_fill((position == 0) | (position == eot[:, None]), 1.0)[..., None]

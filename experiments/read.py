@@ -11,18 +11,32 @@ and equations stand in read.html, functions are taken from the sources as they s
 import inspect
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
 from checkpoints.ours import read_checkpoint
-from config import LossConfig, TrainConfig, UserError, option, parse, run
+from config import (
+    MASK_PRESETS,
+    TRAIN_PRESETS,
+    LossConfig,
+    MaskConfig,
+    ModelConfig,
+    TrainConfig,
+    UserError,
+    option,
+    parse,
+    run,
+)
+from datasets.protocols import completed
 from experiments import read_figures as drawn
 from experiments import read_results as results
 from experiments.demo import SNAPSHOT_SHARES, train_with_snapshots
+from experiments.read_draw import at, readable
 from experiments.read_pair import ROOT, branches, find, large_scene, models, observe, small_batch
 from support.files import save_text
 
@@ -58,7 +72,11 @@ CODE = {
     "eq-3-8": ("losses.code_losses", "train.global_losses"),
     "training": ("train.learning_rate", "train.make_optimizer", "train.train"),
     "windows": ("segmenter.Segmenter.scores", "segmenter.window_starts"),
-    "branches": ("segmenter.Segmenter.masks", "dense.word_similarity"),
+    "branches": (
+        "segmenter.Segmenter.masks",
+        "dense.word_similarity",
+        "clip.template_embedding",
+    ),
     "refinement": ("pamr.pamr", "pamr.affinity", "pamr.neighbours"),
     "background": (
         "segmenter.with_background",
@@ -66,6 +84,15 @@ CODE = {
         "segmenter.arg_max",
         "evaluate.IoU",
     ),
+}
+SHAPES = TRAIN_PRESETS["shapes"] | MASK_PRESETS["shapes"]
+SETTINGS = {  # what <!--set NAME.FIELD--> reads
+    "train": vars(TrainConfig()),
+    "model": vars(ModelConfig()),
+    "loss": vars(LossConfig()),
+    "mask": vars(completed(MaskConfig())),
+    "unrefined": vars(completed(MaskConfig(pamr=False))),
+    "shapes": SHAPES,
 }
 TEMPLATE = Path(__file__).with_name("read.html")
 FIGURE = r"<!--figure ([\w-]+)-->"
@@ -107,8 +134,8 @@ def code_block(name: str, shown: bool) -> str:
         f'<details class="code" data-object="{name}" data-file="{file}" data-line="{start}"'
         f"{' open' if shown else ''}><summary><code>{short}</code>"
         f"<span>{file}:{start}</span></summary>"
-        f'<pre tabindex="0" role="group" aria-label="{short}" style="counter-reset: line '
-        f'{start - 1}"><code>{"".join(lines)}</code></pre></details>'
+        f'<pre role="group" aria-label="{short}" style="counter-reset: line {start - 1}">'
+        f"<code>{''.join(lines)}</code></pre></details>"
     )
 
 
@@ -121,6 +148,30 @@ def place(name: str, text: str | None) -> str:
             raise UserError(f"read.html: no line of {name} holds {text!r}")
         start += lines[0]
     return f"<code>{file}:{start}</code>"
+
+
+def setting(value: Any) -> str:
+    """A setting as a reader writes it: 50,000, 5 × 10⁻⁶, 1 2 4."""
+    if isinstance(value, (tuple, list)):
+        return " ".join(map(setting, value))
+    if isinstance(value, str):
+        return f"“{value}”"
+    return readable(value)
+
+
+def preset_table() -> str:
+    """The options that the shapes world sets otherwise, with their defaults."""
+    head = "".join(f"<th scope=col>{title}</th>" for title in ("", "default", "shapes world"))
+    rows = [f"<tr>{head}</tr>"]
+    configs = (TrainConfig(), ModelConfig(), LossConfig(), completed(MaskConfig()))
+    for config in configs:
+        for name in (f.name for f in fields(config) if f.name in SHAPES):
+            cells = [setting(v) for v in (getattr(config, name), SHAPES[name])]
+            kind = type(config).__name__
+            if (kind, name) != ("MaskConfig", "clip"):  # ModelConfig's
+                title = f"<th scope=row><code>{kind}.{name}</code></th>"
+                rows.append(f"<tr>{title}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    return f'<table class="settings">{"".join(rows)}</table>'
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -172,6 +223,8 @@ def fill(template: str, figures: dict[str, str]) -> str:
         page = page.replace(f"/*{kind}*/", TEMPLATE.with_suffix(f".{kind}").read_text())
     page = re.sub(r"<!--code ([\w-]+)-->", lambda m: blocks[m[1]], page)
     page = re.sub(r'<!--line ([\w.]+)(?: "(.+?)")?-->', lambda m: place(m[1], m[2]), page)
+    page = re.sub(r"<!--set (\w+)\.(\w+)-->", lambda m: setting(SETTINGS[m[1]][m[2]]), page)
+    page = page.replace("<!--presets-->", preset_table())
     page = page.replace("<!--contents-->", contents(page))
     return re.sub(FIGURE, figure, page)
 
@@ -198,7 +251,7 @@ def new_figures(config: ReadConfig) -> dict[str, str]:
     large = large_scene(config.surface)
     found = [branches(model, large) for model in trained]
     log = [json.loads(line) for line in (demo / "log.jsonl").read_text().splitlines()]
-    return {
+    figures = {
         "ticks": "".join(f"<span>{step}</span>" for step in steps),
         "pair": drawn.the_pair(pairs),
         "pipeline": drawn.pipeline(pairs, seen),
@@ -219,6 +272,10 @@ def new_figures(config: ReadConfig) -> dict[str, str]:
         "branches": results.branch_masks(large, found),
         "background": results.threshold(large, found),
     }
+    when = at([f"after {step} steps" if step else "before training" for step in steps])
+    moving = {key for key, figure in figures.items() if 'class="at' in figure}
+    label = f'<p class="when">{when}</p>'
+    return {key: label * (key in moving) + figure for key, figure in figures.items()}
 
 
 def main() -> None:

@@ -15,7 +15,11 @@ from experiments.read_pair import Pairs
 from support.page import data_uri
 
 Observations = Sequence[SimpleNamespace]
-NOUNS = "ab"  # the classes of the two drawn nouns' colours
+NOUNS = "abcd"  # classes of colours: of the two drawn nouns, and of two words of section 4.1
+HEAT = ((42, 16, 80), (92, 44, 130), (190, 70, 110), (244, 150, 80), (252, 240, 170))
+GREY = ((0, 0, 0), (255, 255, 255))
+STRIP = 0.35  # the largest number of a unit vector that has a colour of its own
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def at(variants: Sequence[str], tag: str = "span") -> str:
@@ -39,6 +43,14 @@ def signed(number: float, digits: int = 2) -> str:
     return f"{round(number, digits) + 0.0:.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
+def readable(number: float) -> str:
+    """A number as a reader writes it: 50,000, −2.5, 5 × 10⁻⁶."""
+    if 0 < abs(number) < 1e-3:
+        digits, power = f"{number:e}".split("e")
+        return f"{float(digits):g} × 10{str(int(power)).translate(RAISED)}"
+    return f"{number:,.10g}".replace("-", "\N{MINUS SIGN}")
+
+
 def tile(array: np.ndarray | Tensor, alt: str, title: str = "", kind: str = "") -> str:
     """An image of the page above its title: (H, W) in [0, 1], or (H, W, 3) uint8."""
     array = np.asarray(array)
@@ -54,11 +66,13 @@ def row(*parts: str, kind: str = "") -> str:
     return f'<div class="row {kind}">{"".join(parts)}</div>'
 
 
-def plot(width: int, height: int, alt: str, content: str) -> str:
-    """An SVG that keeps its letters legible: on a narrow screen it is moved sideways."""
-    head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{alt}">'
-    around = '<div class="scroll" tabindex="0" role="group" aria-label="Plot">'
-    return f"{around}{head}{content}</svg></div>"
+def plot(height: int, alt: str, draw: Callable[[int], str]) -> str:
+    """An SVG in two widths, so that its letters stay legible on a narrow screen."""
+    return "".join(
+        f'<svg class="{kind}" viewBox="0 0 {width} {height}" role="img" aria-label="{alt}">'
+        f"{draw(width)}</svg>"
+        for kind, width in (("broad", 800), ("slim", 360))
+    )
 
 
 def chip(noun: str, j: int) -> str:
@@ -73,18 +87,24 @@ def pixels(image: Tensor) -> np.ndarray:
 
 def heat(values: np.ndarray | Tensor, low: float, high: float) -> np.ndarray:
     """Values as colours from dark violet (low) to light yellow (high): (H, W) -> (H, W, 3)."""
-    stops = np.array([(42, 16, 80), (92, 44, 130), (190, 70, 110), (244, 150, 80), (252, 240, 170)])
+    stops = np.array(HEAT)
     share = (np.asarray(values, np.float64) - low) / (high - low)
     places = np.linspace(0, 1, len(stops))
     colours = [np.interp(share.clip(0, 1), places, channel) for channel in stops.T]
     return np.stack(colours, axis=-1).round().astype(np.uint8)
 
 
+def scale(low: float, high: float, what: str, colours: Sequence = HEAT) -> str:
+    """A colour bar with its ends, of `heat` or of the grey of masks."""
+    stops = ", ".join(f"rgb{tuple(colour)}" for colour in colours)
+    bar = f'<i style="background: linear-gradient(90deg, {stops})"></i>'
+    return f'<p class="scale">{what} {readable(low)} {bar} {readable(high)}</p>'
+
+
 def strip(embedding: Tensor, alt: str) -> str:
     """A unit vector as a row of cells."""
-    return tile(
-        heat(embedding[None], -0.35, 0.35), f"{alt}, {len(embedding)} numbers", kind="strip"
-    )
+    kind = f"{alt}, {len(embedding)} numbers"
+    return tile(heat(embedding[None], -STRIP, STRIP), kind, kind="strip")
 
 
 def tokens(pairs: Pairs) -> list[str]:
@@ -114,9 +134,9 @@ def blend(words: Sequence[str], mask: Sequence[float], j: int) -> str:
     return f'<span class="boxes">{"".join(boxes)}</span>'
 
 
-def token_table(pairs: Pairs, rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """Rows of cells below the caption's tokens."""
+def token_table(pairs: Pairs, name: str, rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """Rows of cells below the caption's tokens; name: what a reader of the screen hears."""
     head = "".join(f"<th scope=col>{html.escape(t)}</th>" for t in tokens(pairs))
     body = "".join(f"<tr><th scope=row>{n}</th>{''.join(cells)}</tr>" for n, cells in rows)
     table = f'<table class="tokens"><tr><td></td>{head}</tr>{body}</table>'
-    return f'<div class="scroll" tabindex="0" role="group" aria-label="By token">{table}</div>'
+    return f'<div class="scroll" role="group" aria-label="{name}">{table}</div>'

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from experiments.read_draw import (
+    GREY,
     NOUNS,
     Observations,
     at,
@@ -22,6 +23,7 @@ from experiments.read_draw import (
     pixels,
     plot,
     row,
+    scale,
     shaded,
     signed,
     strip,
@@ -71,11 +73,12 @@ def pipeline(pairs: Pairs, observations: Observations) -> str:
             "et": strip(o.d.e_t[0, 0], f"e^t of {noun}"),
             "s": f'<span class="cosine">{signed(cosine)}</span>',
         }
-        marks = {"xv": "X<sup>v</sup>", "mv": "M<sup>v</sup>", "hv": "H<sup>v</sup>"}
-        marks |= {"ev": "e<sup>v</sup>", "xt": "X<sup>t</sup>", "mt": "M<sup>t</sup>"}
-        marks |= {"ht": "H<sup>t</sup>", "et": "e<sup>t</sup>", "s": "cosine"}
+        marks = {"s": "cosine"}  # behind the letters of the thesis's modules
+        for module, letter in (("", "X"), ("(a) ", "M"), ("(b) ", "H"), ("(c) ", "e")):
+            for kind in "vt":
+                marks[letter.lower() + kind] = f"{module}<i>{letter}<sup>{kind}</sup></i>"
         return "".join(
-            f'<div class="cell" style="grid-area:{k}"><i class="mark">{marks[k]}</i>{v}</div>'
+            f'<div class="cell" style="grid-area:{k}"><span class="mark">{marks[k]}</span>{v}</div>'
             for k, v in cells.items()
         )
 
@@ -87,36 +90,40 @@ def pipeline(pairs: Pairs, observations: Observations) -> str:
 
 def knowledge(pairs: Pairs, observations: Observations) -> str:
     """Cosines of each n_j with both nouns in all 80 hand-written prompts, and L_kg."""
-    left, right, step = 100, 680, 92
     low = min(int(10 * o.templates.min()) for o in observations)  # the axis starts at a tenth
 
-    def x(cosine: float) -> float:
-        return left + (right - left) * (cosine - low / 10) / (1 - low / 10)
+    def x(cosine: float, right: int) -> float:
+        return 14 + (right - 14) * (cosine - low / 10) / (1 - low / 10)
 
-    def lines(o: SimpleNamespace) -> str:
+    def lines(o: SimpleNamespace, right: int) -> str:
         parts = []
         for j, noun in enumerate(pairs.drawn[0]):
-            y = 28 + step * j
-            parts.append(f'<text x="0" y="{y + 20}" class="label">n of {noun}</text>')
+            y = 14 + 96 * j
+            parts.append(f'<text x="0" y="{y}" class="label">n of {noun}</text>')
             for k in range(len(pairs.drawn[0])):
                 cosines = o.templates[j, k].tolist()
-                level = y + (0 if k == j else 32)
-                dots = "".join(f"M{x(c):.1f} {level}v16" for c in cosines)
+                level = y + (12 if k == j else 44)
+                dots = "".join(f"M{x(c, right):.1f} {level}v16" for c in cosines)
                 mean, name = sum(cosines) / len(cosines), pairs.drawn[0][k]
                 parts.append(f'<path class="tick {NOUNS[k]}" d="{dots}"/>')
-                parts.append(f'<path class="mean" d="M{x(mean):.1f} {level - 3}v22"/>')
+                parts.append(f'<path class="mean" d="M{x(mean, right):.1f} {level - 3}v22"/>')
                 said = f'x="{right + 12}" y="{level + 12}">{name} {signed(mean)}'
                 parts.append(f'<text class="small" {said}</text>')
         return "".join(parts)
 
-    axis = "".join(
-        f'<path class="grid" d="M{x(tenth / 10):.1f} 20V200"/><text x="{x(tenth / 10):.1f}" '
-        f'y="214" class="small middle">{signed(tenth / 10, 1)}</text>'
-        for tenth in range(low, 11)
-    )
+    def drawn(width: int) -> str:
+        right = width - 90
+        axis = "".join(
+            f'<path class="grid" d="M{x(tenth / 10, right):.1f} 20V190"/>'
+            f'<text x="{x(tenth / 10, right):.1f}" y="206" class="small middle">'
+            f"{signed(tenth / 10, 1)}</text>"
+            for tenth in range(10, low - 1, -1 if width > 500 else -2)
+        )
+        axis += f'<text class="small" x="{right + 24}" y="206">cosine</text>'
+        return axis + at([lines(o, right) for o in observations], "g")
+
     alt = "Cosines of both noun embeddings with the nouns in 80 hand-written prompts"
-    drawn = at([lines(o) for o in observations], "g")
-    svg = plot(800, 220, alt, axis + drawn)
+    svg = plot(212, alt, drawn)
     loss = every(
         observations, lambda o: value("l_kg", o.seen["losses.knowledge_loss"][0].item(), 4)
     )
@@ -143,12 +150,15 @@ def features(pairs: Pairs, observations: Observations) -> str:
     for j, noun in enumerate(pairs.drawn[0]):
         frozen = [heat(o.dense @ o.n[j, 0], -0.1, 0.8) for o in observations]
         own = [heat(x @ o.n[j, 0], -0.1, 0.8) for x, o in zip(x_v, observations)]
-        pair = [("MaskCLIP · n", frozen), ("x<sup>v</sup> · n", own)]
-        parts += [
-            at([tile(v, f"{title} of {noun}", f"{title} {chip(noun, j)}") for v in variants])
-            for title, variants in pair
+        pair = [
+            ("MaskCLIP's features times n", "MaskCLIP · n", frozen),
+            ("x^v times n", "x<sup>v</sup> · n", own),
         ]
-    return row(*parts, kind="six")
+        parts += [
+            at([tile(v, f"{said} of {noun}", f"{title} {chip(noun, j)}") for v in variants])
+            for said, title, variants in pair
+        ]
+    return row(*parts, kind="six") + scale(-0.1, 0.8, "cosine with n")
 
 
 def masks(pairs: Pairs, observations: Observations) -> str:
@@ -170,7 +180,7 @@ def masks(pairs: Pairs, observations: Observations) -> str:
             )
 
         lines.append(row(every(observations, line), kind="four"))
-    return "".join(lines)
+    return "".join(lines) + scale(0, 1, "mask", GREY)
 
 
 def seg_v(pairs: Pairs, observations: Observations, prior: float) -> str:
@@ -197,12 +207,12 @@ def seg_v(pairs: Pairs, observations: Observations, prior: float) -> str:
         grid = tile(
             heat(cosines, 0, 1),
             f"Cosines of the pooled features of {b} images with {t} nouns",
-            "cos(f<sub>ij</sub>, n<sub>j</sub>): 8 images, 16 nouns",
+            f"cos(f<sub>ij</sub>, n<sub>j</sub>): {b} images, {t} nouns",
             "wide",
         )
         return f"<table>{head}{body}</table>{grid}"
 
-    return row(every(observations, line), kind="loose")
+    return row(every(observations, line), kind="loose") + scale(0, 1, "cosine")
 
 
 def logits(pairs: Pairs, observations: Observations) -> str:
@@ -220,7 +230,7 @@ def logits(pairs: Pairs, observations: Observations) -> str:
                 for i, v in enumerate(line)
             ]
             rows.append((name, cells))
-        return token_table(pairs, rows)
+        return token_table(pairs, "Word logits by token", rows)
 
     return at([table(o) for o in observations], "div")
 
@@ -238,7 +248,7 @@ def word_masks(pairs: Pairs, observations: Observations) -> str:
             )
             cells = [f"<td>{value(f'mask-{j}-{i}', v, 2)}</td>" for i, v in enumerate(m[j])]
             rows.append((chip(noun, j), cells))
-        return "".join(lines) + token_table(pairs, rows)
+        return "".join(lines) + token_table(pairs, "Word masks by token", rows)
 
     return at([both(o) for o in observations], "div")
 
@@ -249,7 +259,7 @@ def labels(pairs: Pairs, observations: Observations) -> str:
 
     def cells(row: Sequence[int]) -> list[str]:
         return [
-            f'<td class="{f"word {NOUNS[v - 1]}" if v > 0 else ""}" style="--m:.8">'
+            f'<td class="{f"word {NOUNS[v - 1]}" if v > 0 else ""}" style="--m:1">'
             f"{names[v] if v >= 0 else '·'}</td>"
             for v in row
         ]
@@ -260,7 +270,7 @@ def labels(pairs: Pairs, observations: Observations) -> str:
         rows = [("thesis", cells(thesis)), ("release", cells(released))]
         loss = value("l_seg_t", o.seen["losses.word_mask_loss"][0].item())
         said = f"<p class='reading'>L<sub>seg</sub><sup>t</sup> of the small batch: {loss}</p>"
-        return token_table(pairs, rows) + said
+        return token_table(pairs, "Pseudo-labels by token", rows) + said
 
     return at([table(o) for o in observations], "div")
 

@@ -196,7 +196,8 @@ class Large:
 
 
 def large_scene(surface: str, columns: int = 3, rows: int = 2) -> Large:
-    """Held-out scenes on one surface side by side; the words are the objects in it."""
+    """Held-out scenes on one surface side by side; the words are the objects in it. The stride is
+    no divisor of the sides, so that the last windows are pulled back."""
     found = (shapes.scene("test", i) for i in range(500))
     scenes = [s for s in found if s.surface == surface and len(s.things) > 1][: columns * rows]
     block = [scenes[i * columns : (i + 1) * columns] for i in range(rows)]
@@ -207,7 +208,7 @@ def large_scene(surface: str, columns: int = 3, rows: int = 2) -> Large:
     for i, name in enumerate(names, start=1):
         labels[label == shapes.CLASS_NAMES.index(name)] = i
     preset = MASK_PRESETS["shapes"]
-    settings = MaskConfig(**preset | {"short_side": rows * shapes.SIDE, "stride": shapes.SIDE // 2})
+    settings = MaskConfig(**preset | {"short_side": rows * shapes.SIDE, "stride": 40})
     return Large(Image.fromarray(image), names, completed(settings), labels)
 
 

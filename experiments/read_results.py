@@ -12,14 +12,18 @@ from torch import Tensor
 from config import TrainConfig
 from evaluate import IoU
 from experiments.read_draw import (
+    GREY,
     NOUNS,
+    STRIP,
     Observations,
     at,
     chip,
     every,
     heat,
     plot,
+    readable,
     row,
+    scale,
     signed,
     strip,
     tile,
@@ -27,7 +31,6 @@ from experiments.read_draw import (
 )
 from experiments.read_pair import Large, Pairs
 from segmenter import window_starts, with_background
-from support.draw import palette
 from support.page import data_uri
 from train import learning_rate
 
@@ -42,7 +45,22 @@ TERMS = {  # of log.jsonl, as the bars are called
     "seg_t": "word masks",
     "hcl": "regions against word segments, Eq. 3.7",
 }
-SHOWN = 2  # words of the large scene whose masks are shown
+BACKGROUND = (30, 30, 34)
+COLOURS = [  # of the label map's words: far from each other, and none of them green
+    (230, 25, 75),
+    (255, 225, 25),
+    (67, 99, 216),
+    (245, 130, 49),
+    (66, 212, 244),
+    (240, 50, 230),
+    (255, 250, 200),
+    (154, 99, 36),
+    (145, 30, 180),
+    (250, 190, 212),
+    (170, 170, 170),
+    (128, 0, 0),
+]
+SHOWN = 2  # words of the large scene whose masks are shown, in the colours after the pair's
 
 
 # --- 3.4 ------------------------------------------------------------------------------------------
@@ -63,7 +81,8 @@ def embeddings(pairs: Pairs, observations: Observations) -> str:
             )
         return "".join(lines)
 
-    return at([both(o) for o in observations], "div")
+    ends = scale(-STRIP, STRIP, "number")
+    return at([both(o) for o in observations], "div") + ends
 
 
 def matrix(similarity: Tensor, names: Sequence[str], title: str) -> str:
@@ -102,46 +121,51 @@ def similarities(pairs: Pairs, observations: Observations, steps: Sequence[int])
 
     before = shown(observations[0], "before training")
     after = [shown(o, f"after {step} steps") for o, step in zip(observations, steps)]
-    return row(before, at(after), kind="halves") + every(observations, reading)
+    ends = scale(-0.1, 1, "cosine")
+    return row(before, at(after), kind="halves") + ends + every(observations, reading)
 
 
 def loss_bars(log: Sequence[dict], steps: Sequence[int]) -> str:
     """Eq. 3.8: every logged step's L as a bar of its weighted terms."""
-    width, height, left, bottom = 800, 300, 36, 270
+    left, bottom = 36, 270
     top = max(line["total"] for line in log)
+    unit = (bottom - 12) / top
 
-    def x(step: int) -> float:
-        return left + (width - left) * step / log[-1]["step"]
+    def drawn(width: int) -> str:
+        def x(step: int) -> float:
+            return left + (width - left) * step / log[-1]["step"]
 
-    bar = (width - left) / len(log) * 0.8
-    scale = (bottom - 12) / top
-    floor = np.zeros(len(log))
-    parts, legend = [], []
-    for i, (term, name) in enumerate(TERMS.items()):
-        path = ""
-        for k, line in enumerate(log):
-            tall = line[term] * scale
-            corner = f"M{x(line['step']) - bar:.1f} {bottom - floor[k]:.1f}"
-            path += f"{corner}h{bar:.1f}v{-tall:.2f}h{-bar:.1f}z"
-            floor[k] += tall
-        parts.append(f'<path class="term-{i}" d="{path}"/>')
-        legend.append(f'<span><i class="patch term-{i}"></i>{name}</span>')
-    ticks = "".join(
-        f'<path class="grid" d="M{left} {bottom - v * scale:.1f}H{width}"/>'
-        f'<text class="small end" x="{left - 6}" y="{bottom - v * scale + 4:.1f}">{v}</text>'
-        for v in range(0, int(top) + 1, 2)
-    )
-    labels = "".join(
-        f'<text class="small middle" x="{min(x(s), width - 14):.1f}" y="290">{s}</text>'
-        for s in steps
-    )
-    cursor = at(
-        [f'<path class="cursor" d="M{max(x(s), left + 1):.1f} 4V{bottom}"/>' for s in steps], "g"
-    )
+        bar = (width - left) / len(log) * 0.8
+        floor = np.zeros(len(log))
+        parts = []
+        for v in range(0, int(top) + 1, 2):
+            parts.append(
+                f'<path class="grid" d="M{left} {bottom - v * unit:.1f}H{width}"/>'
+                f'<text class="small end" x="{left - 6}" y="{bottom - v * unit + 4:.1f}">{v}</text>'
+            )
+        for i, term in enumerate(TERMS):
+            path = ""
+            for k, line in enumerate(log):
+                tall = line[term] * unit
+                corner = f"M{x(line['step']) - bar:.1f} {bottom - floor[k]:.1f}"
+                path += f"{corner}h{bar:.1f}v{-tall:.2f}h{-bar:.1f}z"
+                floor[k] += tall
+            parts.append(f'<path class="term-{i}" d="{path}"/>')
+        for s in steps if width > 500 else steps[::2]:
+            place = min(x(s), width - 14)
+            parts.append(f'<text class="small middle" x="{place:.1f}" y="290">{s}</text>')
+        cursors = [
+            f'<path class="cursor" d="M{max(x(s), left + 1):.1f} 4V{bottom}"/>' for s in steps
+        ]
+        return "".join(parts) + at(cursors, "g")
+
+    legend = [
+        f'<span><i class="patch term-{i}"></i>{name}</span>'
+        for i, name in enumerate(TERMS.values())
+    ]
     first, last = f"{log[0]['total']:.1f} at step {log[0]['step']}", f"{log[-1]['total']:.1f}"
     alt = f"Stacked bars of the nine terms of L over the training: from {first} to {last}"
-    bars = plot(width, height, alt, ticks + "".join(parts) + labels + cursor)
-    return f'{bars}<p class="legend">{"".join(legend)}</p>'
+    return f'{plot(300, alt, drawn)}<p class="legend">{"".join(legend)}</p>'
 
 
 # --- 3.5 ------------------------------------------------------------------------------------------
@@ -149,34 +173,46 @@ def loss_bars(log: Sequence[dict], steps: Sequence[int]) -> str:
 
 def schedule(config: TrainConfig) -> str:
     """The learning rate of the thesis's training, and the two phases."""
-    width, left, bottom = 800, 70, 180
+    left, bottom = 76, 180
     steps = np.linspace(0, config.steps, 201).round().astype(int)
-
-    def x(step: int) -> float:
-        return left + (width - left - 10) * step / config.steps
 
     def y(rate: float) -> float:
         return bottom - 150 * rate / config.lr
 
-    line = "L".join(f"{x(s):.1f} {y(learning_rate(int(s), config)):.1f}" for s in steps)
+    first, last = config.lr, config.lr * config.final_lr
     warm, free = round(config.warmup * config.steps), round(config.unfreeze * config.steps)
-    marks = "".join(
-        f'<path class="grid" d="M{x(s):.1f} 20V{bottom}"/>'
-        f'<text class="small {side}" x="{x(s):.1f}" y="{bottom + 18}">{s:,}</text>'
-        for s, side in ((0, ""), (warm, "middle"), (free, "middle"), (config.steps, "end"))
-    )
-    texts = (
-        f'<text class="small end" x="{left - 8}" y="{y(config.lr) + 4}">{config.lr:g}</text>'
-        f'<text class="small end" x="{left - 8}" y="{y(config.lr * config.final_lr) + 4:.1f}">'
-        f"{config.lr * config.final_lr:g}</text>"
-        f'<text class="small" x="{x(free) + 8:.1f}" y="36">the block copy trains from here</text>'
-        f'<text class="small" x="{left + 8}" y="36">warm-up</text>'
-    )
-    alt = f"Learning rate: up to {config.lr:g} at step {warm:,}, then a cosine down"
-    return plot(width, 205, alt, f'{marks}{texts}<path class="line" d="M{line}"/>')
+
+    def drawn(width: int) -> str:
+        def x(step: int) -> float:
+            return left + (width - left - 10) * step / config.steps
+
+        line = "L".join(f"{x(s):.1f} {y(learning_rate(int(s), config)):.1f}" for s in steps)
+        marks = "".join(
+            f'<path class="grid" d="M{x(s):.1f} 20V{bottom}"/>'
+            f'<text class="small {side}" x="{x(s):.1f}" y="{bottom + 18}">{s:,}</text>'
+            for s, side in ((0, ""), (warm, "middle"), (free, "middle"), (config.steps, "end"))
+        )
+        texts = "".join(
+            f'<text class="small end" x="{left - 8}" y="{y(rate) + 4:.1f}">{readable(rate)}</text>'
+            for rate in (first, last)
+        )
+        said = "the block copy trains from here" if width > 500 else "the block trains"
+        texts += (
+            f'<text class="small" x="{x(free) + 8:.1f}" y="36">{said}</text>'
+            f'<text class="small" x="{left + 8}" y="36">warm-up</text>'
+        )
+        return f'{marks}{texts}<path class="line" d="M{line}"/>'
+
+    alt = f"Learning rate: up to {readable(first)} at step {warm:,}, then a cosine down"
+    return plot(205, alt, drawn)
 
 
 # --- 4.1 ------------------------------------------------------------------------------------------
+
+
+def listed(numbers: Sequence[int]) -> str:
+    """1, 2 and 3."""
+    return f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
 
 
 def windows(large: Large) -> str:
@@ -187,7 +223,7 @@ def windows(large: Large) -> str:
         for side in (height, width)
     )
     side = large.settings.window
-    marks = {(0, 0): NOUNS[0], (rows[-1], columns[1]): NOUNS[1]}
+    marks = {(0, columns[1]): NOUNS[SHOWN], (rows[-1], columns[-1]): NOUNS[SHOWN + 1]}
     boxes = "".join(
         f'<rect class="window {marks.get((top, left), "")}" x="{left + 1}" y="{top + 1}" '
         f'width="{side - 2}" height="{side - 2}" rx="2"/>'
@@ -201,7 +237,8 @@ def windows(large: Large) -> str:
         f'<svg class="large" viewBox="0 0 {width} {height}" role="img" aria-label="{alt}">'
         f'<image class="px" href="{uri}" width="{width}" height="{height}"/>{boxes}</svg>'
         f"<p class='reading'>{count} windows of {side} × {side}, one every "
-        f"{large.settings.stride} pixels</p>"
+        f"{large.settings.stride} pixels; rows begin at {listed(rows)}, columns at "
+        f"{listed(columns)}</p>"
     )
 
 
@@ -217,7 +254,7 @@ def branch_masks(large: Large, found: Sequence[dict[str, Tensor]]) -> str:
         "prior": "prior branch",
         "mask": "mask branch",
         "refined": "refined by PAMR",
-        "mixed": "mixed, 7 : 3",
+        "mixed": f"mixed, prior {large.settings.prior_weight:.0%}",
     }
     lines = []
     for j, i in enumerate(biggest(large)):
@@ -226,8 +263,9 @@ def branch_masks(large: Large, found: Sequence[dict[str, Tensor]]) -> str:
             at([tile(f[key][i], f"{title}: soft mask of {name}", title) for f in found])
             for key, title in titles.items()
         ]
-        lines.append(f'<p class="said">{chip(name, j)}</p>' + row(*cells, kind="four landscape"))
-    return "".join(lines)
+        said = f'<p class="said">{chip(name, SHOWN + j)}</p>'
+        lines.append(said + row(*cells, kind="four landscape"))
+    return "".join(lines) + scale(0, 1, "mask", GREY)
 
 
 def threshold(large: Large, found: Sequence[dict[str, Tensor]]) -> str:
@@ -237,7 +275,7 @@ def threshold(large: Large, found: Sequence[dict[str, Tensor]]) -> str:
     one: red the true label.
     """
     start = large.settings.background
-    colours = palette(len(large.names))
+    colours = COLOURS[: len(large.names)]
     packed, scores = [], []
     for f in found:
         best, index = f["mixed"].max(0)
@@ -252,7 +290,7 @@ def threshold(large: Large, found: Sequence[dict[str, Tensor]]) -> str:
     sources = "".join(f'<img class="packed" hidden alt="" src="{uri}">' for uri in [*packed, truth])
     legend = "".join(
         f'<span><i class="patch" style="background:rgb{c}"></i>{html.escape(n)}</span>'
-        for n, c in zip(large.names, colours)
+        for n, c in zip(["background", *large.names], [BACKGROUND, *colours])
     )
     width, height = large.image.size
     said = at([f"{value('miou', score, 1)} %" for score in scores])

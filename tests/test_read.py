@@ -245,7 +245,11 @@ def test_keys_move_it_too(opened):
     opened.keyboard.press("ArrowLeft")
     opened.keyboard.press("ArrowLeft")
     assert opened.evaluate("document.documentElement.dataset.at") == "2"
-    opened.locator("#at").focus()
+    assert opened.locator("[tabindex]").count() == 0  # nothing here is wider than its place
+    opened.locator(".skip").focus()
+    opened.keyboard.press("Tab")
+    opened.keyboard.press("Tab")  # "play", then the slider, before the contents and the text
+    assert opened.evaluate("document.activeElement.id") == "at"
     opened.keyboard.press("End")
     assert opened.evaluate("document.documentElement.dataset.at") == "4"
     summary = opened.locator("#eq-3-7 summary").nth(1)
@@ -276,6 +280,9 @@ def test_nothing_is_said_or_asked_for(opened):
 def test_contents_lead_to_sections(opened):
     links = opened.locator("nav a").evaluate_all("links => links.map((a) => a.hash.slice(1))")
     assert set(links) == set(sections(PAGE)) and len(links) > 20
+    opened.locator("nav a").last.focus()
+    bottom = opened.locator("nav a").last.bounding_box()
+    assert bottom["y"] + bottom["height"] < opened.locator("#training-slider").bounding_box()["y"]
     opened.locator("nav a[href='#eq-3-4']").click()
     opened.wait_for_selector("nav a[href='#eq-3-4'][aria-current=true]")
 
@@ -295,6 +302,9 @@ def test_on_a_phone_in_the_dark(browser):
             .map((e) => e.outerHTML.slice(0, 80))"""
         )
         assert beyond == []
+        # Words, equations and settings fit; only code is moved sideways.
+        assert phone.locator(".scroll[tabindex], .equation[tabindex]").count() == 0
+        assert phone.locator("#nouns pre[tabindex]").count() == 2
     assert not phone.locator("nav ol").is_visible()  # folded, above the text
     phone.close()
 
@@ -306,6 +316,6 @@ def test_print_leaves_the_controls_out(opened):
         assert not opened.locator(part).first.is_visible(), part
     assert opened.locator("#eq-3-4 .equation math").is_visible()
     assert opened.locator("#eq-3-4 pre").first.is_visible()
-    shown(opened)
+    assert opened.locator("#eq-3-4 .when").inner_text() == "after 800 steps"
     opened.emulate_media(media="screen")
     assert opened.locator("#training-slider").is_visible()
