@@ -18,22 +18,29 @@ CAPTION = "a bug & a <b>wheel</b> </script><script>document.title='taken'</scrip
 
 
 @pytest.fixture(scope="module")
-def page(world, browser):
-    """The page of a scene and a caption full of markup; what it says and asks for is kept."""
+def written(world):
+    """The page of a scene and a caption full of markup."""
     done = segment(
         *("scene.png", "--caption", "\ufeff " + CAPTION, "--html", "page.html", "--out", "page"),
         *OPTIONS,
         folder=world,
     )
     assert done.returncode == 0, done.stderr
+    return world / "page.html"
+
+
+@pytest.fixture
+def page(written, browser):
+    """It, opened anew; what it says and asks for is kept."""
     page = browser.new_page()
     page.said, page.asked = [], []
     page.on("console", lambda message: page.said.append(message.text))
     page.on("pageerror", lambda error: page.said.append(str(error)))
     page.on("request", lambda request: page.asked.append(request.url))
-    page.goto((world / "page.html").as_uri())
+    page.goto(written.as_uri())
     page.wait_for_selector("body[data-ready=yes]", timeout=30_000)
-    return page
+    yield page
+    page.close()
 
 
 def shown_on(page) -> np.ndarray:

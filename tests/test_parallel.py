@@ -1,6 +1,7 @@
 """K processes with b pairs each give the gradients of one process with K * b pairs."""
 
 import functools
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,8 +27,10 @@ CAPTIONS = [f"a red {THINGS[i]} and a small {THINGS[i + 2]} on the grass" for i 
 NOUNS = [(THINGS[i], THINGS[i + 2]) for i in range(PAIRS)]
 
 
-# Forked, not spawned: every new interpreter would import torch for seconds.
-fork = functools.partial(mp.start_processes, start_method="fork")
+# From a server that has imported torch once: every new interpreter would do so for seconds, and
+# a fork of this process is refused by autograd after a test of fake CUDA tensors.
+multiprocessing.set_forkserver_preload(["conftest", "train"])
+start = functools.partial(mp.start_processes, start_method="forkserver")
 
 
 def share(batch: Batch, rank: int, processes: int) -> Batch:
@@ -81,7 +84,7 @@ def test_gradients_of_many_processes_are_those_of_one(processes, tmp_path):
     kink of the loss (an absolute value, the hard mask) could make it more, which says nothing about
     the formula.
     """
-    fork(work, (processes, free_port(), str(tmp_path)), nprocs=processes)
+    start(work, (processes, free_port(), str(tmp_path)), nprocs=processes)
     for last_block, labels in CASES:
         many, one = torch.load(tmp_path / f"{labels}.pt"), gradients(0, 1, last_block, labels)
         assert many.keys() == one.keys() and len(one) > 40
@@ -113,12 +116,12 @@ def ten_steps(rank: int, processes: int, port: int, folder: str) -> None:
 
 
 def test_ten_steps_of_two_processes_are_those_of_one(tmp_path):
-    fork(ten_steps, (2, free_port(), str(tmp_path)), nprocs=2)
+    start(ten_steps, (2, free_port(), str(tmp_path)), nprocs=2)
     ten_steps(0, 1, 0, str(tmp_path))
     one, two = (read_checkpoint(tmp_path / n / "last.pt")["model"] for n in ("1", "2"))
-    start = random_model().learned_state()
-    assert one.keys() == two.keys() == start.keys()
-    moved = sum(not torch.equal(one[name].float(), start[name]) for name in one)
+    before = random_model().learned_state()
+    assert one.keys() == two.keys() == before.keys()
+    moved = sum(not torch.equal(one[name].float(), before[name]) for name in one)
     assert moved > 40  # of the last visual block too
     for name, value in one.items():
         assert (value - two[name]).abs().max() < 1e-5, name
@@ -136,7 +139,7 @@ def gather_work(rank: int, port: int, path: str) -> None:
 
 
 def test_gather_and_its_gradient(tmp_path):
-    fork(gather_work, (free_port(), str(tmp_path)), nprocs=2)
+    start(gather_work, (free_port(), str(tmp_path)), nprocs=2)
     for rank in range(2):
         everything, gradient, triplets = torch.load(tmp_path / f"{rank}.pt")
         assert everything.tolist() == [[0, 1], [2, 3], [4, 5], [10, 11], [12, 13], [14, 15]]
