@@ -34,6 +34,9 @@ PRIOR_TEMPLATES = (
     "a photo of {}s.",
 )
 
+# CLIP's own 80: for n'_j in training, and under the training-free protocol.
+IMAGENET_TEMPLATES = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+
 SHAPES_WEIGHTS = Path(__file__).parent / "datasets" / "shapes_clip.pt"
 SHAPES_ARCHITECTURE = dict(
     embed_dim=64,

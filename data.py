@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 
 import nltk
 import numpy as np
-import open_clip
 import torch
 from nltk.tokenize import NLTKWordTokenizer
 from torch import Tensor
@@ -19,14 +18,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop
 from torchvision.transforms.functional import normalize, to_tensor
 
-from clip import IMAGE_MEAN, IMAGE_STD, noun_prompts, tokenize
+from clip import IMAGE_MEAN, IMAGE_STD, IMAGENET_TEMPLATES, noun_prompts, tokenize
 from config import UserError
 from datasets import shapes
 from sources import BadSample, Folder, ShapesWorld, Shards
 from support.distributed import ignore_stop_signals
 
-# CLIP's 80 hand-written ImageNet templates, for n'_j.
-KNOWLEDGE_TEMPLATES = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
 Tagger = Callable[[list[str]], list[tuple[str, str]]]
 Counts = collections.Counter[str]
 
@@ -211,8 +208,8 @@ class PairStream(IterableDataset):
         if len(nouns) < self.nouns:
             raise BadSample(f"fewer than {self.nouns} nouns")
         nouns = [nouns[i] for i in rng.permutation(len(nouns))]  # the first J are drawn
-        chosen = rng.integers(len(KNOWLEDGE_TEMPLATES), size=self.nouns)
-        templates = [KNOWLEDGE_TEMPLATES[i] for i in chosen]
+        chosen = rng.integers(len(IMAGENET_TEMPLATES), size=self.nouns)
+        templates = [IMAGENET_TEMPLATES[i] for i in chosen]
         with torch.random.fork_rng(devices=[]):  # torch.manual_seed would seed every GPU too
             torch.default_generator.manual_seed(int(rng.integers(2**31)))
             image = RandomResizedCrop(self.size, (self.min_crop, 1.0))(image)

@@ -82,9 +82,6 @@ def word_similarity(
 
 # --- from cosines to masks as these methods publish -----------------------------------------------
 
-# CLIP's own 80 templates, where the thesis has TCL's nine.
-TRAINING_FREE_TEMPLATES = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
-
 
 def word_probabilities(cosine: Tensor, image: Tensor, config: MaskConfig) -> Tensor:
     """softmax(scale * cosine) over all words, of cosines resized to the image and refined there.

@@ -15,6 +15,7 @@ from torch import Tensor
 from clip import (
     IMAGE_MEAN,
     IMAGE_STD,
+    IMAGENET_TEMPLATES,
     PRIOR_TEMPLATES,
     check_lengths,
     cosines,
@@ -23,7 +24,7 @@ from clip import (
 )
 from config import MaskConfig, ModelConfig
 from datasets.protocols import alternatives, completed
-from dense import DENSE, TRAINING_FREE_TEMPLATES, word_probabilities, word_similarity
+from dense import DENSE, word_probabilities, word_similarity
 from model import CoDe
 from pamr import pamr
 from sources import to_rgb
@@ -60,7 +61,7 @@ class Segmenter:
         if self.first_class:
             words.insert(0, alternatives(config.background_words, "--background-words"))
         self.counts, words = [len(line) for line in words], sum(words, [])
-        templates = PRIOR_TEMPLATES if self.by_thesis else TRAINING_FREE_TEMPLATES
+        templates = PRIOR_TEMPLATES if self.by_thesis else IMAGENET_TEMPLATES
         check_lengths(words, len(model.context) if model else 0, templates)
         self.prior_embedding = template_embedding(clip, words, templates)  # (words, C)
         if model is not None:  # n_c; TCL's released model has no learned context

@@ -23,10 +23,10 @@ import clip as clip_module
 from clip import SHAPES_WEIGHTS, load_clip, visual_hidden
 from config import MASK_PRESETS, TRAIN_PRESETS, MaskConfig, ModelConfig, option, parse, run
 from datasets import shapes
-from evaluate import IoU, make_segmenter
+from evaluate import make_segmenter
+from experiments.measure import mean_ious
 from experiments.pretrain import to_input
 from model import CoDe
-from segmenter import Segmenter, arg_max, with_background
 
 THRESHOLDS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)  # of the background
 
@@ -47,17 +47,6 @@ def class_masks(labels: np.ndarray, cells: int) -> Tensor:
     """Share of every cell that each object covers: (B, 12, cells, cells)."""
     one_hot = F.one_hot(torch.from_numpy(labels).long(), len(shapes.CLASS_NAMES))[..., 1:]
     return F.adaptive_avg_pool2d(one_hot.movedim(-1, 1).float(), cells)
-
-
-def best_miou(segmenter: Segmenter, scenes: int) -> tuple[float, float]:
-    """mIoU in percent on held-out scenes at the best threshold of the background, and that one."""
-    benchmark = shapes.load("", "val", scenes)
-    sums = {threshold: IoU(len(benchmark.class_names)) for threshold in THRESHOLDS}
-    for i in range(scenes):
-        best, index = arg_max(segmenter.scores(benchmark.image(i)), benchmark.label(i).shape)
-        for threshold, iou in sums.items():
-            iou.add(with_background(best, index, threshold).numpy(), benchmark.label(i))
-    return max((iou.mean(), threshold) for threshold, iou in sums.items())
 
 
 def main() -> None:
@@ -90,7 +79,8 @@ def main() -> None:
     refined = MaskConfig(**MASK_PRESETS["shapes"], prior_weight=0.0)
     for name, mask_config in (("unrefined", replace(refined, pamr=False)), ("refined", refined)):
         found = make_segmenter(model.clip, model, shapes.load(""), mask_config)
-        miou, threshold = best_miou(found, config.held_out)
+        at = mean_ious(found, config.held_out, THRESHOLDS, "val")
+        miou, threshold = max((miou, threshold) for threshold, miou in at.items())
         print(f"{name}: {miou:.1f} mIoU at threshold {threshold}")
 
 

@@ -42,10 +42,13 @@ def segmenter_of(checkpoint: Path | None, **options) -> Segmenter:
 
 
 def mean_ious(
-    segmenter: Segmenter, scenes: int, thresholds: Sequence[float] = THRESHOLDS
+    segmenter: Segmenter,
+    scenes: int,
+    thresholds: Sequence[float] = THRESHOLDS,
+    split: str = "test",
 ) -> dict[str, float]:
     """mIoU on held-out scenes at every threshold of the background, masks being made once."""
-    benchmark = load_benchmark("shapes", "")
+    benchmark = shapes.load("", split, scenes)
     sums = {threshold: IoU(len(benchmark.class_names)) for threshold in thresholds}
     for i in range(scenes):
         image = benchmark.image(i)

@@ -30,6 +30,7 @@ from checkpoints.ours import save_checkpoint
 from clip import (
     IMAGE_MEAN,
     IMAGE_STD,
+    IMAGENET_TEMPLATES,
     PRIOR_TEMPLATES,
     SHAPES_ARCHITECTURE,
     SHAPES_WEIGHTS,
@@ -43,7 +44,6 @@ from config import option, parse, run
 from datasets import shapes
 from dense import dense_embedding
 
-TEMPLATES = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
 ADJECTIVES = (*shapes.COLOURS, *shapes.PATTERNS, *shapes.SMALL, *shapes.LARGE)
 WORDS = (*shapes.NOUNS, *ADJECTIVES)  # what the word head predicts
 
@@ -78,7 +78,7 @@ def caption_for(rng: np.random.Generator, scene: shapes.Scene) -> str:
     """A new caption of a scene; a single object is sometimes named by one of CLIP's templates."""
     if len(scene.things) == 1 and rng.random() < 0.4:
         phrase = shapes.describe(rng, scene.things[0], article=False)
-        return TEMPLATES[rng.integers(80)].format(phrase)
+        return IMAGENET_TEMPLATES[rng.integers(80)].format(phrase)
     return shapes.caption_of(rng, scene.things, scene.surface)
 
 
@@ -185,7 +185,7 @@ def cutmix_loss(
     words, hidden = words_in(captions), visual_hidden(clip, x)
     tokens = helpers.region_norm(hidden[:, 1:])
     dense = dense_embedding(clip, hidden, clip.visual.grid_size)
-    prompts = [TEMPLATES[rng.integers(80)].format(noun) for noun in shapes.NOUNS]
+    prompts = [IMAGENET_TEMPLATES[rng.integers(80)].format(noun) for noun in shapes.NOUNS]
     nouns = embed_texts(clip, tokenize(prompts))  # (18, C)
     loss = 0.0
     for region, held in ((inside, words.roll(-1, 0)), (1 - inside, words)):
@@ -209,7 +209,7 @@ def learning_rate(step: int, stages: tuple[int, int, int], peak: float) -> float
 
 def store(clip: open_clip.CLIP, scenes: list[shapes.Scene], path: str, made: str) -> None:
     """Write the weights in half precision, of the token embeddings only those that are used."""
-    texts = [t.format(n) for t in (*TEMPLATES, *PRIOR_TEMPLATES) for n in shapes.NOUNS]
+    texts = [t.format(n) for t in (*IMAGENET_TEMPLATES, *PRIOR_TEMPLATES) for n in shapes.NOUNS]
     texts += [" ".join(WORDS), "A photo of x", *(scene.caption for scene in scenes)]
     tokens = open_clip.tokenize(texts).unique()
     state = {name: value.half() for name, value in clip.state_dict().items()}

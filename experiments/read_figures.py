@@ -33,6 +33,7 @@ from experiments.read_draw import (
     value,
 )
 from experiments.read_pair import Pairs
+from losses import area_losses
 
 # --- 3.1 ------------------------------------------------------------------------------------------
 
@@ -189,8 +190,7 @@ def seg_v(pairs: Pairs, observations: Observations, prior: float) -> str:
     def line(o: SimpleNamespace) -> str:
         areas = o.d.masks.mean((-2, -1))  # (b, T)
         b, t = areas.shape
-        own = areas.repeat(t // b, 1).diagonal().mean().item()
-        others = (areas.repeat(t // b, 1).sum().item() - own * t) / (t * t - t)
+        own, others = (area.item() for area in area_losses(areas, 0.0))  # distances to 0
         features, mask = (v.mean().item() for v in o.seen["losses.total_variation"])
         rows = [
             ("mean area under an own noun", own, f"{prior}"),

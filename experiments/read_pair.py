@@ -21,9 +21,9 @@ from PIL import Image
 from torch import Tensor
 
 from checkpoints.ours import load_learned, read_checkpoint
-from clip import embed_texts, load_clip, tokenize, visual_hidden
+from clip import IMAGENET_TEMPLATES, embed_texts, load_clip, tokenize, visual_hidden
 from config import MASK_PRESETS, LossConfig, MaskConfig, ModelConfig, TrainConfig
-from data import KNOWLEDGE_TEMPLATES, Batch, PairStream, collate, shapes_tagger
+from data import Batch, PairStream, collate, shapes_tagger
 from datasets import shapes
 from datasets.protocols import completed
 from dense import dense_embedding
@@ -170,7 +170,7 @@ def observe(
 def template_cosines(model: CoDe, nouns: Sequence[str], n: Tensor) -> Tensor:
     """Cosines of n_j with every noun in CLIP's 80 hand-written prompts: (J, C) -> (J, J, 80)."""
     written = [
-        embed_texts(model.clip, tokenize([form.format(noun) for form in KNOWLEDGE_TEMPLATES]))
+        embed_texts(model.clip, tokenize([form.format(noun) for form in IMAGENET_TEMPLATES]))
         for noun in nouns
     ]
     return torch.einsum("jc,ktc->jkt", n, torch.stack(written))

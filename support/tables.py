@@ -24,9 +24,6 @@ def table_4_1(results: list[dict]) -> str:
         header,
         ["---"] * len(header),
         [f"{results[0]['method']}{partial}", *(f"{f:.1f}" for f in [*ours, np.mean(ours)])],
-        [
-            "CoDe, as the thesis reports it",
-            *["57.7", "30.5", "32.3", "23.9", "28.9", "17.7", "31.8"],
-        ],
+        ["CoDe, as the thesis reports it", "57.7", "30.5", "32.3", "23.9", "28.9", "17.7", "31.8"],
     ]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -109,6 +109,15 @@ def mistake(monkeypatch, capsys) -> Callable:
     return said
 
 
+def listened(page):
+    """A page of the browser that keeps what it says and what it asks for."""
+    page.said, page.asked = [], []
+    page.on("console", lambda message: page.said.append(message.text))
+    page.on("pageerror", lambda error: page.said.append(str(error)))
+    page.on("request", lambda request: page.asked.append(request.url))
+    return page
+
+
 def model_config(**changes) -> ModelConfig:
     names = ModelConfig.__dataclass_fields__
     preset = {k: v for k, v in TRAIN_PRESETS["shapes"].items() if k in names}

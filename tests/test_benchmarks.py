@@ -105,7 +105,7 @@ def test_saved_predictions_give_the_same_metrics(all_six, tmp_path, monkeypatch)
 @pytest.mark.parametrize("method", ["code", *DENSE])
 def test_all_methods_under_both_protocols(method, protocol, checkpoint, tmp_path, monkeypatch):
     """An image of each benchmark; every line, table row and JSON entry says how it was made."""
-    monkeypatch.setattr("segmenter.TRAINING_FREE_TEMPLATES", ["a photo of a {}."])  # not all 80
+    monkeypatch.setattr("segmenter.IMAGENET_TEMPLATES", ["a photo of a {}."])  # not all 80
     arguments = ("--dataset", "all", "--root", str(RAW), "--checkpoint", checkpoint, "--limit", "1")
     arguments += ("--method", method, "--protocol", protocol, "--no-pamr")
     monkeypatch.setattr(sys, "argv", ["e.py", *arguments, "--json", str(tmp_path / "m.json")])

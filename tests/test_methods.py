@@ -20,7 +20,7 @@ def test_spread():
 
 def test_the_table_holds_what_is_measured(world, tmp_path, monkeypatch):
     """On two scenes, of a run that was not trained, with one template instead of 80."""
-    monkeypatch.setattr("segmenter.TRAINING_FREE_TEMPLATES", ["a photo of a {}."])
+    monkeypatch.setattr("segmenter.IMAGENET_TEMPLATES", ["a photo of a {}."])
     (tmp_path / "runs" / "0").mkdir(parents=True)
     checkpoint = tmp_path / "runs" / "0" / "last.pt"
     shutil.copy(world / "code.pt", checkpoint)

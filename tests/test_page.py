@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import CPU
+from conftest import CPU, listened
 from PIL import Image
 from runs import OPTIONS, SETTINGS, segment
 
@@ -32,11 +32,7 @@ def written(world):
 @pytest.fixture
 def page(written, browser):
     """It, opened anew; what it says and asks for is kept."""
-    page = browser.new_page()
-    page.said, page.asked = [], []
-    page.on("console", lambda message: page.said.append(message.text))
-    page.on("pageerror", lambda error: page.said.append(str(error)))
-    page.on("request", lambda request: page.asked.append(request.url))
+    page = listened(browser.new_page())
     page.goto(written.as_uri())
     page.wait_for_selector("body[data-ready=yes]", timeout=30_000)
     yield page

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, model_config
+from conftest import ROOT, listened, model_config
 from runs import train
 
 from checkpoints.ours import model_content, read_checkpoint, save_checkpoint
@@ -204,11 +204,7 @@ def test_a_page_of_other_snapshots_has_their_values(tmp_path):
 
 @pytest.fixture(scope="module")
 def opened(browser):
-    page = browser.new_page(viewport={"width": 1400, "height": 1000})
-    page.said, page.asked = [], []
-    page.on("console", lambda message: page.said.append(message.text))
-    page.on("pageerror", lambda error: page.said.append(str(error)))
-    page.on("request", lambda request: page.asked.append(request.url))
+    page = listened(browser.new_page(viewport={"width": 1400, "height": 1000}))
     page.goto(PATH.as_uri())
     page.wait_for_selector("body[data-ready=yes]", timeout=30_000)
     return page
