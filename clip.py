@@ -41,15 +41,14 @@ SHAPES_WEIGHTS = Path(__file__).parent / "datasets" / "shapes_clip.pt"
 SHAPES_ARCHITECTURE = dict(
     embed_dim=64,
     vision_cfg=dict(
-        image_size=64,
+        image_size=96,
         patch_size=8,
-        width=64,
+        width=96,
         layers=4,
-        head_width=16,
+        head_width=32,
         pos_embed_type="sin_cos_2d",
     ),
     text_cfg=dict(width=64, heads=4, layers=2),
-    quick_gelu=True,
 )
 
 
@@ -141,9 +140,18 @@ def transformer_block(
     pass is the same, but nn.MultiheadAttention copies more than it computes: a training step takes
     a sixth longer with it (`experiments/bench.py`).
     """
-    q, k, v = heads(block, x)
-    x = x + merged(block, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    x = x + merged(block, attend(*heads(block, x), mask))
     return x + block.mlp(block.ln_2(x))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v of every head: (B, heads, N, d). On a CPU in float32 even under
+    autocast, since its bfloat16 kernel is several times as slow."""
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if slow:
+        q, k, v = q.float(), k.float(), v.float()
+    with torch.autocast("cpu", enabled=False) if slow else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def heads(block: ResidualAttentionBlock, x: Tensor) -> Tensor:

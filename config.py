@@ -212,13 +212,13 @@ class EvalConfig:
 
 # --- presets --------------------------------------------------------------------------------------
 
-# What differs from the thesis in the shapes world, whose images are 64 pixels wide and whose CLIP
+# What differs from the thesis in the shapes world, whose images are 96 pixels wide and whose CLIP
 # has higher cosines than the real one.
 TRAIN_PRESETS = {
     "thesis": {},
     "shapes": dict(
         clip="shapes",
-        steps=800,
+        steps=300,
         batch_size=16,
         lr=2e-3,
         final_lr=0.1,
@@ -226,8 +226,6 @@ TRAIN_PRESETS = {
         context_init="a photo of a",
         mask_scale=20.0,
         mask_bias=-6.5,
-        image_contrast=0.5,
-        region_contrast=0.5,
         area=2.0,
         area_others=10.0,
         area_prior=0.3,
@@ -237,12 +235,12 @@ TRAIN_PRESETS = {
 MASK_PRESETS = {
     "shapes": dict(
         clip="shapes",
-        short_side=64,
-        window=64,
-        stride=64,
+        short_side=96,
+        window=96,
+        stride=96,
         pamr_dilations=(1, 2, 4, 8),
         prior_scale=15.0,
-        prior_bias=0.4,
+        prior_bias=0.25,
     ),
 }
 

@@ -94,7 +94,7 @@ class ShapesWorld:
 
     def read(self, item: int, rng: np.random.Generator) -> tuple[Image.Image, str]:
         scene = self.scene(int(item))
-        return Image.fromarray(scene.image), shapes.caption_of(rng, scene.things, scene.surface)
+        return Image.fromarray(scene.image), shapes.caption_of(rng, scene.things, scene.surfaces)
 
 
 class Shards:

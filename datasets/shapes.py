@@ -1,9 +1,10 @@
 """The shapes world: small drawn scenes with captions for training and exact masks for evaluation.
 
-Everything is a function of a seed: `scene("train", 7)` is the same image on every machine.
-A scene has one to three objects on a named surface. Every noun has an outline *and* an inner
-texture of its own, as things in nature do; colour, pattern and size vary freely within a noun and
-are what the adjectives of the caption speak of.
+Everything is a function of a seed: `scene("train", 7)` is the same image on every machine, and
+`scene("train", 7, scale=4)` the same scene in more pixels, for people to look at. A scene has one
+to three objects, which may hide parts of each other, on one or two named surfaces. Every noun has
+an outline *and* an inner texture of its own, as things in nature do; colour, pattern and size vary
+freely within a noun and are what the adjectives of the caption speak of.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from PIL import Image
 from datasets import Benchmark
 from datasets.shapes_art import OBJECTS, SURFACES
 
-SIDE = 64  # pixels; the mask grid of an 8-pixel patch is 4 x 8 = 32 cells wide
+SIDE = 96  # pixels; the mask grid of an 8-pixel patch is 4 x 12 = 48 cells wide
 _OVERSAMPLING = 2  # scenes are painted this much larger and averaged down, for smooth outlines
 
 COLOURS = {
@@ -40,7 +41,7 @@ CLASS_NAMES = ("background", *OBJECTS)  # label 0 is any surface
 class Thing:
     """One drawn object: its noun, the adjectives that are true of it, and where it is.
 
-    x, y: centre, radius: half its side, in pixels of the scene. angle: radians.
+    x, y: centre, radius: half its side, as shares of the scene's side. angle: radians.
     """
 
     noun: str
@@ -56,14 +57,15 @@ class Thing:
 class Scene:
     """A drawn scene.
 
-    image: (64, 64, 3) uint8; label: (64, 64) uint8, indices into CLASS_NAMES (0 = the surface);
-    things: its objects in the order they were painted.
+    image: (96, 96, 3) uint8; label: (96, 96) uint8, indices into CLASS_NAMES (0 = a surface), both
+    `scale` times larger where that was asked for; things: its objects in the order they were
+    painted; surfaces: one, or two with a border between them.
     """
 
     image: np.ndarray
     label: np.ndarray
     things: tuple[Thing, ...]
-    surface: str
+    surfaces: tuple[str, ...]
     caption: str
 
 
@@ -73,17 +75,25 @@ def _shade(colour: np.ndarray, tone: np.ndarray) -> np.ndarray:
     return colour * (1 - np.abs(tone)) + 255 * np.maximum(tone, 0)
 
 
+def _erode(inside: np.ndarray, reach: int) -> np.ndarray:
+    """What of a silhouette (h, w) is farther than `reach` samples from its outside."""
+    padded = np.pad(inside, reach)
+    shifts = [(reach, 0), (-reach, 0), (0, reach), (0, -reach)]
+    for dy, dx in shifts:
+        inside = inside & np.roll(padded, (dy, dx), (0, 1))[reach:-reach, reach:-reach]
+    return inside
+
+
 def _paint(image: np.ndarray, label: np.ndarray, thing: Thing) -> None:
-    """Paint a thing over image (64, 64, 3) and label (64, 64), in place."""
+    """Paint a thing with a dark outline over image (S, S, 3) and label (S, S), in place."""
+    side, n = len(label), _OVERSAMPLING
     reach = thing.radius * 1.45  # the corner of a turned square
-    top, left = (max(0, int(centre - reach)) for centre in (thing.y, thing.x))
-    bottom, right = (min(SIDE, int(centre + reach) + 1) for centre in (thing.y, thing.x))
-    height, width = bottom - top, right - left
+    top, left = (max(0, int((centre - reach) * side)) for centre in (thing.y, thing.x))
+    bottom, right = (min(side, int((centre + reach) * side) + 1) for centre in (thing.y, thing.x))
     # Object coordinates of every sample: painted finer than the pixels and averaged.
-    n = _OVERSAMPLING
-    y = ((np.arange(height * n) + 0.5) / n + top - thing.y)[:, None] / thing.radius
-    x = ((np.arange(width * n) + 0.5) / n + left - thing.x)[None, :] / thing.radius
-    cos, sin = np.cos(thing.angle), np.sin(thing.angle)
+    y = (np.arange(top * n, bottom * n) + 0.5)[:, None] / (n * side) - thing.y
+    x = (np.arange(left * n, right * n) + 0.5)[None, :] / (n * side) - thing.x
+    cos, sin = np.cos(thing.angle) / thing.radius, np.sin(thing.angle) / thing.radius
     u, v = (cos * x + sin * y).astype(np.float32), (cos * y - sin * x).astype(np.float32)
     inside, tone = OBJECTS[thing.noun](u, v)
     colour = np.array(COLOURS[thing.colour], np.float32)
@@ -95,6 +105,7 @@ def _paint(image: np.ndarray, label: np.ndarray, thing: Thing) -> None:
         colour = np.where(spots[..., None], second, colour)
     elif thing.pattern == "shiny":
         tone = tone + 0.9 * np.exp(-9 * ((u - 0.3) ** 2 + (v + 0.35) ** 2))
+    tone = np.where(_erode(inside, max(1, n * side // SIDE)), tone, -0.7)
     paint = _shade(colour, tone) * inside[..., None]
     paint, coverage = (
         sum(fine[i::n, j::n].astype(np.float32) for i in range(n) for j in range(n)) / n**2
@@ -106,24 +117,47 @@ def _paint(image: np.ndarray, label: np.ndarray, thing: Thing) -> None:
 
 
 def _place(rng: np.random.Generator, nouns: list[str]) -> list[Thing]:
-    """Scatter things so that none hides much of another."""
+    """Scatter things so that they touch and overlap, but none hides most of another."""
     things: list[Thing] = []
     for noun in nouns:
-        side = rng.uniform(0.34, 0.66 if len(nouns) < 3 else 0.5)
-        radius = side * SIDE / 2
+        radius = rng.uniform(0.16, 0.36 if len(nouns) < 3 else 0.27)
         best, best_gap = None, -np.inf
         for _ in range(30):
-            x, y = rng.uniform(radius * 0.9, SIDE - radius * 0.9, 2)
-            gap = min((np.hypot(x - t.x, y - t.y) - radius - t.radius for t in things), default=0)
+            x, y = rng.uniform(radius * 0.9, 1 - radius * 0.9, 2)
+            # How far two circles are apart, in radii of the smaller one.
+            gap = min(
+                (
+                    (np.hypot(x - t.x, y - t.y) - radius - t.radius) / min(radius, t.radius)
+                    for t in things
+                ),
+                default=0,
+            )
             if gap > best_gap:
                 best, best_gap = (x, y), gap
-            if best_gap >= -2:
+            if best_gap >= -0.4:
                 break
         pattern = PATTERNS[rng.integers(3)] if rng.random() < 0.4 else None
         colour = list(COLOURS)[rng.integers(len(COLOURS))]
         angle = np.deg2rad(rng.uniform(-20, 20))
         things.append(Thing(noun, colour, pattern, *best, radius, angle))
     return things
+
+
+def _ground(rng: np.random.Generator, surfaces: Sequence[str], scale: int) -> np.ndarray:
+    """One surface, or two on either side of a wavy border: (S, S, 3) float32."""
+    side = SIDE * scale
+    y, x = (np.mgrid[:side, :side].astype(np.float32) + 0.5) / scale
+    angle, bend = rng.uniform(-0.5, 0.5), rng.uniform(0, 6)
+    border = SIDE * rng.uniform(0.35, 0.65) + np.tan(angle) * (x - SIDE / 2)
+    border = border + 3 * np.sin(0.1 * x + bend)
+    painted = []
+    for surface in surfaces:
+        texture, colour = SURFACES[surface]
+        colour = np.array(colour) * rng.uniform(0.88, 1.08) + rng.uniform(-8, 8, 3)
+        grain = rng.standard_normal((SIDE, SIDE)).repeat(scale, 0).repeat(scale, 1)
+        colour = np.clip(colour, 0, 255).astype(np.float32)
+        painted.append(_shade(colour, texture(x, y, rng, grain)))
+    return np.where((y > border)[..., None], painted[0], painted[-1])
 
 
 def describe(rng: np.random.Generator, thing: Thing, article: bool = True) -> str:
@@ -133,7 +167,7 @@ def describe(rng: np.random.Generator, thing: Thing, article: bool = True) -> st
         words.append(thing.colour)
     if thing.pattern and rng.random() < 0.7:
         words.insert(int(rng.integers(len(words) + 1)), thing.pattern)
-    share = 2 * thing.radius / SIDE
+    share = 2 * thing.radius
     if rng.random() < 0.5 and (share < 0.42 or share > 0.54):
         sizes = SMALL if share < 0.42 else LARGE
         words.insert(0, sizes[rng.integers(len(sizes))])
@@ -141,11 +175,13 @@ def describe(rng: np.random.Generator, thing: Thing, article: bool = True) -> st
     return f"{'the' if rng.random() < 0.2 else 'a'} {phrase}" if article else phrase
 
 
-def caption_of(rng: np.random.Generator, things: Sequence[Thing], surface: str) -> str:
+def caption_of(rng: np.random.Generator, things: Sequence[Thing], surfaces: Sequence[str]) -> str:
     """A sentence about the scene, from many templates with varying word order."""
     things = [things[i] for i in rng.permutation(len(things))]
     phrases = [describe(rng, thing) for thing in things]
-    first, ground = things[0], ("the " if rng.random() < 0.6 else "") + surface
+    first, ground = things[0], ("the " if rng.random() < 0.6 else "") + surfaces[0]
+    if len(surfaces) == 2 and rng.random() < 0.5:
+        ground = f"{ground} and {surfaces[1]}"
     if len(things) == 1:
         plain = describe(rng, first, article=False)
         forms = [
@@ -177,35 +213,33 @@ def caption_of(rng: np.random.Generator, things: Sequence[Thing], surface: str) 
     return forms[rng.integers(len(forms))]
 
 
-def draw(rng: np.random.Generator, objects: int | None = None) -> Scene:
-    """Draw a scene of one to three objects (or of exactly `objects`)."""
+def draw(rng: np.random.Generator, objects: int | None = None, scale: int = 1) -> Scene:
+    """Draw a scene of one to three objects (or of exactly `objects`), `scale` times as large."""
     if objects is None:
         objects = int(rng.choice(3, p=(0.25, 0.45, 0.30))) + 1
-    nouns = list(rng.choice(list(OBJECTS), objects, replace=False))
+    nouns = rng.choice(list(OBJECTS), objects, replace=False).tolist()
     things = _place(rng, nouns)
-    surface = list(SURFACES)[rng.integers(len(SURFACES))]
-    texture, colour = SURFACES[surface]
-    y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32) + 0.5
-    colour = np.clip(np.array(colour) * rng.uniform(0.88, 1.08) + rng.uniform(-8, 8, 3), 0, 255)
-    image = _shade(colour.astype(np.float32), texture(x, y, rng))
-    label = np.zeros((SIDE, SIDE), np.uint8)
+    surfaces = tuple(rng.permutation(list(SURFACES))[: 1 + int(rng.random() < 0.4)].tolist())
+    image = _ground(rng, surfaces, scale)
+    label = np.zeros(image.shape[:2], np.uint8)
     for thing in things:
         _paint(image, label, thing)
-    image += rng.normal(0, 3, image.shape)
+    image += rng.normal(0, 3, (SIDE, SIDE, 3)).repeat(scale, 0).repeat(scale, 1)
     image = np.clip(image + 0.5, 0, 255).astype(np.uint8)
-    return Scene(image, label, tuple(things), surface, caption_of(rng, things, surface))
+    return Scene(image, label, tuple(things), surfaces, caption_of(rng, things, surfaces))
 
 
 _SPLITS = {"train": 0, "val": 1, "test": 2, "pretrain": 3}
 
 
-def scene(split: str, index: int, objects: int | None = None) -> Scene:
+def scene(split: str, index: int, objects: int | None = None, scale: int = 1) -> Scene:
     """Scene `index` of a split, the same on every machine.
 
     split: "train" trains CoDe, "val" is for choosing a recipe, "test" for reporting,
     "pretrain" trains the world's CLIP. objects: exactly so many objects instead of 1 to 3.
+    scale: draw it so many times as large; nothing but the number of pixels changes.
     """
-    return draw(np.random.default_rng((_SPLITS[split], objects or 0, index)), objects)
+    return draw(np.random.default_rng((_SPLITS[split], objects or 0, index)), objects, scale)
 
 
 def load(root: str, split: str = "test", count: int = 500) -> Benchmark:

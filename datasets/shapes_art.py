@@ -22,16 +22,20 @@ def _kite(u, v):
 
 
 def _star(u, v):
-    radius, angle = np.hypot(u, v), np.arctan2(u, -v)
-    fold = np.abs((angle / (2 * np.pi / 5) + 0.5) % 1 - 0.5) * 2  # 0 on a tip, 1 between two tips
-    return radius < 1.05 - 0.62 * fold**0.75, np.where(radius < 0.33, 0.8, -0.7 * fold)
+    radius, angle, half = np.hypot(u, v), np.arctan2(u, -v), np.pi / 5
+    turn = (angle + half) % (2 * half) - half  # from the nearest tip
+    # The straight edge from a tip at 1.05 to the notch at 0.5, half a tip's angle further.
+    edge = np.sin(half) / (np.sin(np.abs(turn)) / 0.5 + np.sin(half - np.abs(turn)) / 1.05)
+    return radius < edge, np.where(radius < 0.28, 0.85, np.where(turn > 0, 0.4, -0.4))
 
 
 def _heart(u, v):
     x, y = 1.15 * u, -1.15 * v + 0.1
-    inside = (x * x + y * y - 0.8) ** 3 - 1.3 * x * x * y**3 < 0
-    rim = (x * x * 2 + y * y * 2 - 0.8) ** 3 - 1.3 * 8 * x * x * y**3 > 0
-    return inside, np.where(rim, -0.1, 0.6)
+
+    def within(squared):  # the same outline, sqrt(squared) times as small
+        return (squared * (x * x + y * y) - 0.8) ** 3 - 1.3 * squared**2.5 * x * x * y**3 < 0
+
+    return within(1), np.where(within(7), -0.5, np.where(within(2), 0.65, -0.1))
 
 
 def _wheel(u, v):
@@ -110,26 +114,24 @@ OBJECTS = {
 }
 
 
-# --- surfaces: (x, y) in pixels of the scene, a random generator -> tone; their colour is fixed ---
+# --- surfaces: (x, y) in pixels of the scene, a random generator, white noise -> tone ---
 
 
-def _grass(x, y, rng):
+def _grass(x, y, rng, grain):
     blades = np.sin(x * 1.9 + 2.2 * np.sin(y * 0.35 + rng.uniform(0, 6))) * np.sin(y * 0.8)
-    return 0.25 * blades + 0.12 * rng.standard_normal(x.shape)
+    return 0.25 * blades + 0.12 * grain
 
 
-def _sand(x, y, rng):
-    return 0.07 * np.sin(0.25 * y + 0.1 * x + rng.uniform(0, 6)) + 0.13 * rng.standard_normal(
-        x.shape
-    )
+def _sand(x, y, rng, grain):
+    return 0.07 * np.sin(0.25 * y + 0.1 * x + rng.uniform(0, 6)) + 0.13 * grain
 
 
-def _water(x, y, rng):
+def _water(x, y, rng, grain):
     wave = np.sin(0.75 * y + 1.5 * np.sin(0.16 * x + rng.uniform(0, 6)) + rng.uniform(0, 6))
     return 0.3 * wave * np.abs(wave)
 
 
-def _brick(x, y, rng):
+def _brick(x, y, rng, grain):
     x, y = x + rng.uniform(0, 16), y + rng.uniform(0, 8)
     row = np.floor(y / 8)
     mortar = (y % 8 < 1.4) | ((x + 8 * (row % 2)) % 16 < 1.4)
@@ -137,15 +139,15 @@ def _brick(x, y, rng):
     return np.where(mortar, 0.5, tint)
 
 
-def _wood(x, y, rng):
+def _wood(x, y, rng, grain):
     x = x + rng.uniform(0, 16)
     grain = np.sin(2.2 * x + 1.6 * np.sin(0.12 * y + 3 * np.floor(x / 16)))
     return np.where(x % 16 < 1.3, -0.55, 0.14 * grain)
 
 
-def _snow(x, y, rng):
+def _snow(x, y, rng, grain):
     drift = np.sin(0.11 * x + rng.uniform(0, 6)) * np.sin(0.13 * y + rng.uniform(0, 6))
-    return 0.12 * drift - 0.08 + 0.05 * rng.standard_normal(x.shape)
+    return 0.12 * drift - 0.08 + 0.05 * grain
 
 
 SURFACES = {

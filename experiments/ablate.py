@@ -1,6 +1,6 @@
 """The thesis's ablations (sections 4.4, 4.5) on the shapes world: a table and a contact sheet.
 
-    python -m experiments.ablate                             # every row, three seeds: some hours
+    python -m experiments.ablate                             # every row, three or five seeds: hours
     python -m experiments.ablate --rows baseline c cw cwr    # table 4.2 alone
 
 Every run is a `train.py` of its own under --out, one core each. What is done is skipped and what
@@ -30,6 +30,7 @@ from datasets import load_benchmark, shapes
 from experiments.measure import (
     THRESHOLDS,
     mean_ious,
+    regions_in,
     segmenter_of,
     true_mask_accuracy,
     word_assignment_accuracy,
@@ -45,7 +46,9 @@ class AblateConfig:
     """Which rows, over which seeds."""
 
     rows: tuple[str, ...] = option((), "rows to train and to show (default: all)")
-    seeds: tuple[int, ...] = option((0, 1, 2), "training seeds; the table gives mean and deviation")
+    seeds: tuple[int, ...] = option(
+        (), "training seeds (default: 0 to 4 in table 4.2, 0 to 2 in the others)"
+    )
     steps: int | None = option(None, "training steps (default: the preset's)", low=1)
     scenes: int = option(500, "held-out scenes that the metrics are measured on", low=1)
     jobs: int = option(os.cpu_count() or 1, "runs at the same time, one thread each", low=1)
@@ -88,6 +91,10 @@ TABLES = {
 }
 
 
+PARTS = next(iter(TABLES.values()))
+# Student's t at 95 % for two rows of so many seeds: how many standard errors are no noise.
+NOISE = {2: 4.30, 3: 2.78, 4: 2.45, 5: 2.31}
+
 CHILDREN: set[subprocess.Popen] = set()  # the trainings that run now
 
 
@@ -116,6 +123,10 @@ def train(row: Row, seed: int, folder: Path, config: AblateConfig) -> None:
 
 def planned_steps(config: AblateConfig) -> int:
     return config.steps or TRAIN_PRESETS["shapes"]["steps"]
+
+
+def seeds_of(name: str, config: AblateConfig) -> Sequence[int]:
+    return config.seeds or range(5 if name in PARTS else 3)
 
 
 def run_folder(name: str, seed: int, config: AblateConfig) -> Path:
@@ -151,7 +162,8 @@ def run_once(name: str, seed: int, config: AblateConfig) -> None:
 
 def run_all(names: Sequence[str], config: AblateConfig) -> None:
     """All runs that are missing, `jobs` at a time."""
-    wanted = [(name, seed) for seed in config.seeds for name in names]
+    wanted = [(name, seed) for name in names for seed in seeds_of(name, config)]
+    wanted.sort(key=lambda job: job[1])  # one seed of every row after the other
     folders = {job: run_folder(*job, config) for job in wanted}
     missing = [job for job, folder in folders.items() if not (folder / "metrics.json").exists()]
     print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are done", flush=True)
@@ -178,7 +190,7 @@ def finished(names: Sequence[str], config: AblateConfig) -> dict[str, list[dict]
     rows: dict[str, list[dict]] = {name: [] for name in names}
     for name in names:
         asked = what_was_asked(name, config)
-        for seed in config.seeds:
+        for seed in seeds_of(name, config):
             path = run_folder(name, seed, config) / "metrics.json"
             if path.exists():
                 metrics = json.loads(path.read_text())
@@ -187,7 +199,7 @@ def finished(names: Sequence[str], config: AblateConfig) -> dict[str, list[dict]
                         f"{path}: of other options; remove its folder, or name another --out"
                     )
                 rows[name].append(metrics)
-    return {name: runs for name, runs in rows.items() if len(runs) == len(config.seeds)}
+    return {n: runs for n, runs in rows.items() if len(runs) == len(seeds_of(n, config))}
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
@@ -198,13 +210,14 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 def verdict(values: Sequence[float], others: Sequence[float]) -> str:
     """The difference of two rows' means, and whether it exceeds the noise of their seeds.
 
-    2.8 standard errors: Student's t at 95 % for two rows of three seeds.
+    Beyond: by more standard errors than Student's t at 95 % for the smaller number of seeds.
     """
     (mean, deviation), (other, other_deviation) = spread(values), spread(others)
     error = math.sqrt(deviation**2 / len(values) + other_deviation**2 / len(others))
     if math.isnan(error):
         return f"{mean - other:+.1f} (one seed)"
-    side = "**beyond** the noise" if abs(mean - other) > 2.8 * error else "inside the noise"
+    limit = NOISE[min(len(values), len(others), 5)] * error
+    side = "**beyond** the noise" if abs(mean - other) > limit else "inside the noise"
     return f"{mean - other:+.1f} ± {error:.1f}, {side}"
 
 
@@ -253,20 +266,21 @@ def report(rows: dict[str, list[dict]], maskclip: dict, config: AblateConfig) ->
     lines = [
         "# Ablations on the shapes world",
         "",
-        f"Made by `python -m experiments.ablate`: {planned_steps(config)} steps a run, seeds "
-        f"{', '.join(map(str, config.seeds))}; mIoU with background in percent on "
-        f"{config.scenes} held-out scenes, refined, threshold 0.4: mean ± standard deviation of "
-        "the seeds. A difference is beyond the noise when it exceeds 2.8 of its standard errors "
-        "(95 % for three seeds a row). *Words assigned*: words whose likeliest class (Eq. 3.3) is "
-        "their noun. *Zero-shot*: accuracy of the frozen CLIP, twelve objects, on highlighted true "
-        "regions and on highlighted true words, with the row's prompt everywhere else. The last "
-        "column is the thesis's own, ViT-B/16 on six benchmarks, not measured here.",
+        f"Made by `python -m experiments.ablate`: {planned_steps(config)} steps a run; mIoU with "
+        f"background in percent on {config.scenes} held-out scenes, refined, threshold 0.4: mean "
+        "± standard deviation of the seeds. A difference is beyond the noise when it exceeds "
+        "Student's t at 95 % times its standard error. *Words assigned*: words whose likeliest "
+        "class (Eq. 3.3) is their noun. *Zero-shot*: accuracy of the frozen CLIP, twelve objects, "
+        "on highlighted true regions and on highlighted true words, with the row's prompt "
+        "everywhere else. The last column is the thesis's own, ViT-B/16 on six benchmarks, not "
+        "measured here.",
         "",
         f"Without any training (MaskCLIP): {maskclip['0.4']:.1f}.",
     ]
     for title, names in TABLES.items():
         if any(name in rows for name in names):
-            lines += ["", f"## {title}", "", *table(names, rows)]
+            seeds = ", ".join(f"{len(rows[n])} of {ROWS[n].title}" for n in names if n in rows)
+            lines += ["", f"## {title}", "", f"Seeds: {seeds}.", "", *table(names, rows)]
     lines += ["", "![Scenes, ground truth and what each row of the first table makes of them]"]
     lines[-1] += "(ablation.png)"
     return "\n".join(lines)
@@ -274,18 +288,19 @@ def report(rows: dict[str, list[dict]], maskclip: dict, config: AblateConfig) ->
 
 def sheet(rows: dict[str, list[dict]], config: AblateConfig, scenes: int = 6) -> Image.Image:
     """The thesis's figure 4.3: image, ground truth and every variant of table 4.2."""
-    names = [name for name in next(iter(TABLES.values())) if name in rows]
-    paths = [run_folder(name, config.seeds[0], config) / "last.pt" for name in names]
+    names = [name for name in PARTS if name in rows]
+    paths = [run_folder(name, seeds_of(name, config)[0], config) / "last.pt" for name in names]
     segmenters = [segmenter_of(path) for path in (None, *paths)]
     benchmark, colours = load_benchmark("shapes", ""), palette(len(shapes.OBJECTS))
     lines = []
     for i in range(scenes):
-        image, maps = benchmark.image(i), [benchmark.label(i).astype(int)]
-        maps += [s.label_map(image, True).numpy() for s in segmenters]
+        large = shapes.scene("test", i, scale=2)
+        image, maps = Image.fromarray(large.image), [large.label.astype(int)]
+        maps += [regions_in(s, benchmark.image(i), image.width) for s in segmenters]
         lines.append([image, *(overlay(image, labels - 1, colours) for labels in maps)])
     titles = ["image", "ground truth", "MaskCLIP", *(ROWS[name].title for name in names)]
     titles = ["baseline" if title == "image segmenter only" else title for title in titles]
-    grid = contact_sheet(lines, titles)
+    grid = contact_sheet(lines, titles, 2 * shapes.SIDE)
     return below(grid, legend(list(shapes.OBJECTS), colours, grid.width))
 
 

@@ -1,40 +1,30 @@
-"""The built-in demonstration: train CoDe on the shapes world and see it beside MaskCLIP.
+"""The built-in demonstration: train CoDe on the shapes world and see it beside its image segmenter
+alone and MaskCLIP.
 
-    python -m experiments.demo            # or `make demo`; a few minutes on two cores, no download
+    python -m experiments.demo            # or `make demo`; five minutes on two cores, no download
 
-Writes into --out: last.pt (the checkpoint), snapshots/ of the training for `make read`, sheet.png,
-metrics.json, metrics.md, scenes/ with some held-out images and captions for segment.py, and
-page.html with these scenes to be explored.
+Writes into --out: last.pt (the checkpoint), alone/ with that of the image segmenter alone,
+snapshots/ of the training for `make read`, sheet.png, metrics.json, metrics.md, scenes/ with some
+held-out images and captions for segment.py, and page.html with these scenes to be explored.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import Image
 
-from checkpoints import load_method
 from checkpoints.ours import read_checkpoint
-from config import (
-    MASK_PRESETS,
-    TRAIN_PRESETS,
-    EvalConfig,
-    MaskConfig,
-    UserError,
-    option,
-    parse,
-    run,
-)
+from config import TRAIN_PRESETS, EvalConfig, UserError, option, parse, run
 from data import select_nouns, shapes_tagger
 from datasets import Benchmark, shapes
-from datasets.protocols import completed
-from evaluate import evaluate, make_segmenter
-from model import CoDe
+from evaluate import evaluate
+from experiments.measure import regions_in, segmenter_of
 from segment import word_masks
 from segmenter import Segmenter, arg_max
 from support.draw import below, coloured_text, contact_sheet, legend, overlay, palette, save_png
@@ -42,7 +32,8 @@ from support.files import save_text
 from support.page import page_item, word_content, write_page
 
 TRAIN = Path(__file__).parents[1] / "train.py"
-SNAPSHOT_SHARES = (1 / 16, 1 / 4, 1 / 2)  # of the steps: 50, 200 and 400 of 800
+SNAPSHOT_SHARES = (1 / 16, 1 / 4, 1 / 2)  # of the steps
+SCALE = 3  # scenes are shown so many times as large as the network sees them
 
 
 @dataclass
@@ -55,14 +46,14 @@ class DemoConfig:
     rows: int = option(8, "scenes shown in the sheet")
 
 
-def caption_image(caption: str, colours: dict[str, tuple]) -> Image.Image:
+def caption_image(caption: str, colours: dict[str, tuple], side: int) -> Image.Image:
     """The caption with its nouns underlined, the objects' in the colours of their regions."""
     nouns = select_nouns(caption, shapes_tagger())
     words = [
         (word, colours.get(word.strip(","), (150, 150, 150)) if word.strip(",") in nouns else None)
         for word in caption.split()
     ]
-    return coloured_text(words, 160, 15, height=160)
+    return coloured_text(words, side, 22, height=side)
 
 
 def sheet(segmenters: dict[str, Segmenter], benchmark: Benchmark, rows: int) -> Image.Image:
@@ -71,25 +62,39 @@ def sheet(segmenters: dict[str, Segmenter], benchmark: Benchmark, rows: int) -> 
     by_noun = dict(zip(shapes.OBJECTS, colours))
     lines = []
     for i in range(rows):
-        image, scene = benchmark.image(i), shapes.scene("test", i)
-        maps = [benchmark.label(i).astype(int)]
+        scene, side = shapes.scene("test", i, scale=SCALE), SCALE * shapes.SIDE
+        image, maps = Image.fromarray(scene.image), [scene.label.astype(int)]
         for segmenter in segmenters.values():
-            maps.append(segmenter.label_map(image, True).numpy())
+            maps.append(regions_in(segmenter, benchmark.image(i), side))
         tinted = [overlay(image, labels - 1, colours) for labels in maps]
-        lines.append([image, caption_image(scene.caption, by_noun), *tinted])
+        lines.append([image, caption_image(scene.caption, by_noun, side), *tinted])
     titles = ["image", "caption", "ground truth", *segmenters]
-    grid = contact_sheet(lines, titles)
+    grid = contact_sheet(lines, titles, SCALE * shapes.SIDE)
     return below(grid, legend(list(by_noun), colours, grid.width))
 
 
-def explored(model: CoDe, benchmark: Benchmark, i: int, settings: MaskConfig) -> dict:
+def explored(code: Segmenter, benchmark: Benchmark, i: int) -> dict:
     """What the page shows of a scene: its caption's nouns, their regions and words."""
     caption = shapes.scene("test", i).caption
-    nouns, image = select_nouns(caption, shapes_tagger()), benchmark.image(i)
-    segmenter, size = Segmenter(model.clip, model, nouns, settings), (image.height, image.width)
-    best, index = (value.numpy() for value in arg_max(segmenter.scores(image), size))
+    nouns = select_nouns(caption, shapes_tagger())
+    segmenter = Segmenter(code.clip, code.model, nouns, code.config)
+    image = Image.fromarray(shapes.scene("test", i, scale=SCALE).image)
+    scores, size = segmenter.scores(benchmark.image(i)), (image.height, image.width)
+    best, index = (value.numpy() for value in arg_max(scores, size))
     item = page_item(f"scene {i}", image, best, index, nouns, segmenter.config.background)
-    return item | word_content(caption, word_masks(model, caption, nouns))
+    return item | word_content(caption, word_masks(code.model, caption, nouns))
+
+
+def start_training(out: Path, steps: int, *options: str, quiet: bool = False) -> subprocess.Popen:
+    """train.py on the shapes world in a process of its own, with one thread: two such small
+    trainings side by side are faster than one after the other."""
+    for name in ("last.pt", "log.jsonl"):  # an earlier demonstration's
+        (out / name).unlink(missing_ok=True)
+    command = [sys.executable, str(TRAIN), "--preset", "shapes", "--out", str(out)]
+    command += ["--steps", str(steps), "--workers", "0", *options]
+    kept = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    settings = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=settings, **kept if quiet else {})
 
 
 def train_with_snapshots(out: Path, steps: int | None) -> None:
@@ -100,14 +105,10 @@ def train_with_snapshots(out: Path, steps: int | None) -> None:
     """
     last, kept = out / "last.pt", out / "snapshots"
     shutil.rmtree(kept, ignore_errors=True)
-    for name in ("last.pt", "log.jsonl"):  # an earlier demonstration's
-        (out / name).unlink(missing_ok=True)
     kept.mkdir(parents=True)
     steps = steps or TRAIN_PRESETS["shapes"]["steps"]
     wanted, newest = [int(steps * share) for share in SNAPSHOT_SHARES], None
-    command = [sys.executable, str(TRAIN), "--preset", "shapes", "--out", str(out)]
-    command += ["--steps", str(steps), "--checkpoint-every", str(max(1, steps // 16))]
-    with subprocess.Popen(command) as training:
+    with start_training(out, steps, "--checkpoint-every", str(max(1, steps // 16))) as training:
         while training.poll() is None:
             time.sleep(0.05)
             if last.exists() and (written := last.stat().st_mtime_ns) != newest:
@@ -119,27 +120,41 @@ def train_with_snapshots(out: Path, steps: int | None) -> None:
         raise UserError(f"training ended with exit code {training.returncode}")
 
 
+def train_both(out: Path, steps: int | None) -> None:
+    """CoDe, and the image segmenter alone beside it (without a progress bar). Raises UserError."""
+    steps = steps or TRAIN_PRESETS["shapes"]["steps"]
+    alone = start_training(out / "alone", steps, "--no-co-decomposition", quiet=True)
+    try:
+        train_with_snapshots(out, steps)
+        message = alone.communicate()[1].strip().splitlines()
+        if alone.returncode:
+            raise UserError(f"training the image segmenter alone: {message[-1]}")
+    finally:
+        alone.kill()
+        alone.wait()
+
+
 def main() -> None:
     (config,) = parse(__doc__, DemoConfig)
     out, start = Path(config.out), time.time()
-    train_with_snapshots(out, config.steps)
+    train_both(out, config.steps)
     trained = time.time() - start
 
-    base = MaskConfig(**MASK_PRESETS["shapes"], checkpoint=str(out / "last.pt"))
     benchmark = shapes.load("", count=config.scenes)
-    segmenters, metrics = {}, {}
-    for title, method in (("MaskCLIP", "maskclip"), ("CoDe", "code")):
-        for pamr in (True, False):
-            settings = replace(base, method=method, pamr=pamr)
-            clip, model = load_method(completed(settings), torch.device("cpu"))
-            segmenter = make_segmenter(clip, model, benchmark, settings)
-            name = title if pamr else f"{title}, not refined"
-            metrics[name] = evaluate(segmenter, benchmark, EvalConfig())
-            if pamr:
-                segmenters[title] = segmenter
+    shown = {
+        "MaskCLIP": None,
+        "image segmenter alone": out / "alone" / "last.pt",
+        "CoDe": out / "last.pt",
+    }
+    segmenters = {title: segmenter_of(path) for title, path in shown.items()}
+    unrefined = {"CoDe, not refined": segmenter_of(out / "last.pt", pamr=False)}
+    metrics = {
+        name: evaluate(segmenter, benchmark, EvalConfig())
+        for name, segmenter in (segmenters | unrefined).items()
+    }
     save_png(sheet(segmenters, benchmark, config.rows), out / "sheet.png")
-    model = segmenters["CoDe"].model
-    scenes = [explored(model, benchmark, i, base) for i in range(config.rows)]
+    code = segmenters["CoDe"]
+    scenes = [explored(code, benchmark, i) for i in range(config.rows)]
     write_page(scenes, out / "page.html")
     for i in range(config.rows):
         save_png(benchmark.image(i), out / "scenes" / f"{i}.png")

@@ -3,15 +3,15 @@
     python -m experiments.pretrain            # writes datasets/shapes_clip.pt
 
 No class label and no mask is used. A CLIP of 400 million web pairs needs none of the help given
-here; one that sees 300,000 drawings on a laptop needs two kinds:
+here; one that sees 40,000 drawings on a laptop needs two kinds:
 
 - A *word head* on the class token predicts which words the caption holds (and is thrown away at
   the end). A contrastive loss alone solves colours and surfaces and never starts on objects.
-- *CutMix*: a rectangle of patches comes from another image, and the tokens of either region
-  before the last block, averaged, must predict the words of its own caption (through another head
-  that is thrown away). Without it the transformer parks an object's identity in background
-  patches. At a tenth of that weight the dense value features that MaskCLIP reads must match the
-  embeddings of the region's nouns; without this small share they say nothing of backgrounds.
+- *Mosaics*: four close-ups of single objects make one image, and the tokens of each before the
+  last block, averaged, must predict the words of its own caption (through another head that is
+  thrown away). Without it the transformer parks an object's identity in background patches.
+
+The dense value features that MaskCLIP reads are left to themselves, as in CLIPs of the web.
 """
 
 import math
@@ -50,15 +50,13 @@ WORDS = (*shapes.NOUNS, *ADJECTIVES)  # what the word head predicts
 
 @dataclass
 class PretrainConfig:
-    """The three stages; a stage's images are drawn with repetition from the drawn scenes."""
+    """The two stages; a stage's images are drawn with repetition from the drawn scenes."""
 
     scenes: int = option(40_000, "scenes drawn, half of them with a single object")
     batch_size: int = option(64, "pairs in a step")
-    word_steps: int = option(1500, "stage 1: word head alone, single-object scenes")
-    contrast_steps: int = option(1000, "stage 2: InfoNCE and word head")
-    cutmix_steps: int = option(4500, "stage 3: every second step on CutMix images, rate to zero")
-    dense: float = option(0.15, "stage 3: weight of the dense features' share (the tokens': 10)")
-    lr: float = option(1e-3, "peak learning rate; constant but for warm-up and stage 3")
+    word_steps: int = option(1500, "stage 1: word head and mosaics, close-ups alone")
+    contrast_steps: int = option(3000, "stage 2: InfoNCE and word head on whole scenes, mosaics")
+    lr: float = option(1e-3, "peak learning rate; constant but for warm-up and stage 2")
     weight_decay: float = option(0.05, "AdamW")
     seed: int = option(0, "of weights and batches")
     out: str = option(str(SHAPES_WEIGHTS), "file to write")
@@ -79,7 +77,7 @@ def caption_for(rng: np.random.Generator, scene: shapes.Scene) -> str:
     if len(scene.things) == 1 and rng.random() < 0.4:
         phrase = shapes.describe(rng, scene.things[0], article=False)
         return IMAGENET_TEMPLATES[rng.integers(80)].format(phrase)
-    return shapes.caption_of(rng, scene.things, scene.surface)
+    return shapes.caption_of(rng, scene.things, scene.surfaces)
 
 
 def words_in(captions: list[str]) -> Tensor:
@@ -88,20 +86,34 @@ def words_in(captions: list[str]) -> Tensor:
     return torch.tensor([[float(word in s) for word in WORDS] for s in split])
 
 
-def cutmix(images: Tensor, rng: np.random.Generator, patch: int) -> tuple[Tensor, Tensor]:
-    """Paste a patch-aligned rectangle of image i + 1 into image i.
+def close_up(rng: np.random.Generator, scene: shapes.Scene) -> np.ndarray:
+    """A quarter of a single-object scene with the object in it: (SIDE / 2, SIDE / 2, 3)."""
+    side = shapes.SIDE // 2
+    middle = np.array([scene.things[0].y, scene.things[0].x]) * shapes.SIDE
+    top, left = np.clip(middle - side / 2 + rng.uniform(-9, 9, 2), 0, side).astype(int)
+    return scene.image[top : top + side, left : left + side]
 
-    Returns the images and, per patch, 1 inside the rectangle: (B, h*w).
+
+def mosaic(images: Tensor, rng: np.random.Generator, patch: int) -> tuple[Tensor, Tensor]:
+    """Four close-ups in one image, moved around by whole patches: (4 B, 3, s, s).
+
+    Returns (B, 3, 2s, 2s) and the share of each close-up that a patch is: (B, 4, h*w), a sum of 1
+    over the patches. Close-up 4 i + k is the k-th of image i.
     """
-    grid = images.shape[-1] // patch
-    mixed, inside = images.clone(), torch.zeros(len(images), grid, grid)
-    for i in range(len(images)):
-        h, w = rng.integers(grid // 2 - 1, grid, 2)
-        y, x = rng.integers(grid - h + 1), rng.integers(grid - w + 1)
-        inside[i, y : y + h, x : x + w] = 1
-        rows, columns = slice(y * patch, (y + h) * patch), slice(x * patch, (x + w) * patch)
-        mixed[i, :, rows, columns] = images[(i + 1) % len(images), :, rows, columns]
-    return mixed, inside.flatten(1)
+    side, grid = images.shape[-1], 2 * images.shape[-1] // patch
+    rows = images.view(-1, 2, 2, 3, side, side).permute(0, 3, 1, 4, 2, 5)
+    mixed = rows.reshape(-1, 3, 2 * side, 2 * side)
+    share = torch.zeros(len(mixed), 2, 2, grid, grid)
+    half = grid // 2
+    for y in range(2):
+        for x in range(2):
+            share[:, y, x, y * half : (y + 1) * half, x * half : (x + 1) * half] = 1 / half**2
+    share = share.flatten(1, 2)
+    for i in range(len(mixed)):
+        y, x = rng.integers(grid, size=2).tolist()
+        mixed[i] = mixed[i].roll((patch * y, patch * x), (1, 2))
+        share[i] = share[i].roll((y, x), (1, 2))
+    return mixed, share.flatten(2)
 
 
 @torch.no_grad()
@@ -138,8 +150,9 @@ def dense_accuracy(clip: open_clip.CLIP, split: str, count: int = 200) -> float:
     images = to_input(np.stack([s.image for s in scenes]))
     features = dense_embedding(clip, visual_hidden(clip, images), clip.visual.grid_size)
     found = (features @ texts.T).argmax(-1).numpy()
-    labels = np.stack([s.label for s in scenes]).reshape(count, 8, 8, 8, 8).swapaxes(2, 3)
-    labels = labels.reshape(count, 64, 64)  # scene, patch, pixel
+    grid = clip.visual.grid_size[0]
+    labels = np.stack([s.label for s in scenes]).reshape(count, grid, 8, grid, 8).swapaxes(2, 3)
+    labels = labels.reshape(count, grid**2, 64)  # scene, patch, pixel
     values = np.median(labels, axis=-1)
     sure = (labels == values[..., None]).mean(-1) > 0.6
     sure &= values > 0
@@ -154,8 +167,6 @@ class Helpers(nn.Module):
         width = SHAPES_ARCHITECTURE["vision_cfg"]["width"]
         self.word_head = nn.Linear(SHAPES_ARCHITECTURE["embed_dim"], len(WORDS))
         self.region_norm, self.region_head = nn.LayerNorm(width), nn.Linear(width, len(WORDS))
-        # Log scale and bias of the logits between dense features and nouns.
-        self.noun_scale = nn.Parameter(torch.tensor([math.log(10.0), -5.0]))
 
 
 def word_loss(
@@ -172,39 +183,44 @@ def word_loss(
     return loss
 
 
-def cutmix_loss(
+def mosaic_loss(
     clip: open_clip.CLIP,
     helpers: Helpers,
     x: Tensor,
     captions: list[str],
-    dense_weight: float,
     rng: np.random.Generator,
 ) -> Tensor:
-    """The words of either region's own caption from its tokens, and its nouns from its features."""
-    x, inside = cutmix(x, rng, clip.visual.patch_size[0])
-    words, hidden = words_in(captions), visual_hidden(clip, x)
-    tokens = helpers.region_norm(hidden[:, 1:])
-    dense = dense_embedding(clip, hidden, clip.visual.grid_size)
-    prompts = [IMAGENET_TEMPLATES[rng.integers(80)].format(noun) for noun in shapes.NOUNS]
-    nouns = embed_texts(clip, tokenize(prompts))  # (18, C)
-    loss = 0.0
-    for region, held in ((inside, words.roll(-1, 0)), (1 - inside, words)):
-        share = (region / region.sum(1, keepdim=True))[..., None]  # (B, h*w, 1)
-        logits = helpers.region_head((tokens * share).sum(1))
-        loss = loss + 10 * F.binary_cross_entropy_with_logits(logits, held)
-        match = F.normalize((dense * share).sum(1), dim=-1) @ nouns.T
-        logits = helpers.noun_scale[0].exp() * match + helpers.noun_scale[1]
-        held = held[:, : len(shapes.NOUNS)]
-        loss = loss + dense_weight * F.binary_cross_entropy_with_logits(logits, held)
-    return loss
+    """The words of each close-up of a mosaic, from the tokens where it lies.
+
+    x: 4 B close-ups, captions: theirs.
+    """
+    x, share = mosaic(x, rng, clip.visual.patch_size[0])
+    tokens = helpers.region_norm(visual_hidden(clip, x)[:, 1:])
+    logits = helpers.region_head((share @ tokens).flatten(0, 1))  # (4 B, len(WORDS))
+    return 20 * F.binary_cross_entropy_with_logits(logits, words_in(captions))
 
 
-def learning_rate(step: int, stages: tuple[int, int, int], peak: float) -> float:
+def learning_rate(step: int, stages: tuple[int, int], peak: float) -> float:
     """Constant after a short warm-up; a cosine to zero in the last stage."""
-    before = stages[0] + stages[1]
-    if step < before:
+    if step < stages[0]:
         return peak * min(1, (step + 1) / 100)
-    return peak * (1 + math.cos(math.pi * (step - before) / stages[2])) / 2
+    return peak * (1 + math.cos(math.pi * (step - stages[0]) / stages[1])) / 2
+
+
+@torch.no_grad()
+def shorten_text_states(clip: open_clip.CLIP, factor: float) -> None:
+    """Make the text tower's hidden states `factor` times as long, without changing E^t.
+
+    Whatever is added to its residual stream is scaled, and every LayerNorm takes the scale out
+    again. The text segmenter's fresh blocks stand on these states: short ones they can turn in a
+    few hundred steps, long ones they cannot.
+    """
+    added = [clip.token_embedding.weight, clip.positional_embedding]
+    for block in clip.transformer.resblocks:
+        for last in (block.attn.out_proj, block.mlp.c_proj):
+            added += [last.weight, last.bias]
+    for parameter in added:
+        parameter.mul_(factor)
 
 
 def store(clip: open_clip.CLIP, scenes: list[shapes.Scene], path: str, made: str) -> None:
@@ -220,6 +236,7 @@ def store(clip: open_clip.CLIP, scenes: list[shapes.Scene], path: str, made: str
 def main() -> None:
     (config,) = parse(__doc__, PretrainConfig)
     start = time.time()
+    torch.set_num_threads(1)  # a network this small gains a quarter from a second one
     torch.manual_seed(config.seed)
     rng = np.random.default_rng(config.seed)
 
@@ -237,29 +254,35 @@ def main() -> None:
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0, betas=(0.9, 0.98))
 
-    stages = (config.word_steps, config.contrast_steps, config.cutmix_steps)
+    stages = (config.word_steps, config.contrast_steps)
     bar = tqdm(range(sum(stages)), "pretraining")
     for step in bar:
-        stage = int(step >= stages[0]) + int(step >= stages[0] + stages[1])
+        contrast = step >= stages[0]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, stages, config.lr)
 
-        chosen = rng.choice(single if stage == 0 else config.scenes, config.batch_size)
+        whole = contrast and step % 2 == 0
+        count = config.batch_size if whole or step % 2 == 0 else 4 * config.batch_size
+        chosen = rng.choice(config.scenes if whole else single, count)
         captions = [caption_for(rng, scenes[i]) for i in chosen]
-        x = to_input(images[chosen])
+        if whole:
+            x = to_input(images[chosen])
+        else:
+            x = to_input(np.stack([close_up(rng, scenes[i]) for i in chosen]))
         flipped = torch.from_numpy(rng.random(len(x)) < 0.5)
         x[flipped] = x[flipped].flip(-1)
 
         clip.train()
-        if stage == 2 and step % 2:
-            loss = cutmix_loss(clip, helpers, x, captions, config.dense, rng)
-        else:
-            loss = word_loss(clip, helpers, x, captions, contrast=stage > 0)
+        with torch.autocast("cpu", torch.bfloat16):
+            if step % 2:
+                loss = mosaic_loss(clip, helpers, x, captions, rng)
+            else:
+                loss = word_loss(clip, helpers, x, captions, contrast)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        bar.set_postfix(stage=stage + 1, loss=f"{loss.item():.3f}", refresh=False)
+        bar.set_postfix(stage=1 + contrast, loss=f"{loss.item():.3f}", refresh=False)
         if (step + 1) % 500 == 0:
             metrics = f"{zero_shot_accuracy(clip, 'val'):.1f} % objects"
             metrics += f", {retrieval_accuracy(clip, 'val', 2):.1f} % retrieval"
@@ -267,6 +290,7 @@ def main() -> None:
             bar.write(f"step {step + 1}: {metrics}, {time.time() - start:.0f} s")
 
     made = f"python -m experiments.pretrain --seed {config.seed}: {time.time() - start:.0f} s"
+    shorten_text_states(clip, 0.2)
     store(clip, scenes, config.out, made)
     print(
         f"test split: {zero_shot_accuracy(clip, 'test'):.1f} % of the objects, "

@@ -146,7 +146,7 @@ def features(pairs: Pairs, observations: Observations) -> str:
     what = "first three principal components as colours"
     parts = [
         tile(colours(observations[0].dense), f"MaskCLIP's features, {what}", "MaskCLIP, 8 × 8"),
-        at([tile(colours(x), f"x^v, {what}", "x<sup>v</sup>, 32 × 32") for x in x_v]),
+        at([tile(colours(x), f"x^v, {what}", "x<sup>v</sup>, 48 × 48") for x in x_v]),
     ]
     for j, noun in enumerate(pairs.drawn[0]):
         frozen = [heat(o.dense @ o.n[j, 0], -0.1, 0.8) for o in observations]

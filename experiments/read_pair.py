@@ -199,7 +199,7 @@ def large_scene(surface: str, columns: int = 3, rows: int = 2) -> Large:
     """Held-out scenes on one surface side by side; the words are the objects in it. The stride is
     no divisor of the sides, so that the last windows are pulled back."""
     found = (shapes.scene("test", i) for i in range(500))
-    scenes = [s for s in found if s.surface == surface and len(s.things) > 1][: columns * rows]
+    scenes = [s for s in found if s.surfaces == (surface,) and len(s.things) > 1][: columns * rows]
     block = [scenes[i * columns : (i + 1) * columns] for i in range(rows)]
     image = np.block([[[s.image] for s in row] for row in block])
     label = np.block([[s.label for s in row] for row in block])

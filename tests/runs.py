@@ -122,6 +122,6 @@ def segment(*arguments, folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
 
 
-# Without training the masks are high: a threshold that leaves something of every word.
-SETTINGS = MASK_PRESETS["shapes"] | {"background": 0.7}
-OPTIONS = ("--preset", "shapes", "--checkpoint", "code.pt", "--background", "0.7")
+# Without training the masks of objects are low: a threshold that leaves something of every word.
+SETTINGS = MASK_PRESETS["shapes"] | {"background": 0.3}
+OPTIONS = ("--preset", "shapes", "--checkpoint", "code.pt", "--background", "0.3")

@@ -10,6 +10,7 @@ from conftest import ROOT
 from PIL import Image
 
 from checkpoints.ours import read_checkpoint
+from datasets import shapes
 
 pytestmark = pytest.mark.slow
 
@@ -25,18 +26,23 @@ def test_the_demo_writes_what_it_says(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert list(metrics) == ["MaskCLIP", "MaskCLIP, not refined", "CoDe", "CoDe, not refined"]
+    shown = ["MaskCLIP", "image segmenter alone", "CoDe"]
+    assert list(metrics) == [*shown, "CoDe, not refined"]
     for name, value in metrics.items():
         assert f"| {name} | {value['mIoU']:.1f} |" in done.stdout
         assert value["images"] == 4
+    caption = shapes.scene("test", 1).caption
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.width > 700 and sheet.height > 330
+        assert sheet.width > 6 * 288 and sheet.height > 2 * 288
     with Image.open(tmp_path / "scenes" / "1.png") as scene:
-        assert scene.size == (64, 64)
-    assert (tmp_path / "scenes" / "1.txt").read_text() == "a bug and a wheel on sand\n"
-    assert (tmp_path / "last.pt").exists() and (tmp_path / "metrics.md").exists()
+        assert scene.size == (96, 96)
+    assert (tmp_path / "scenes" / "1.txt").read_text() == caption + "\n"
+    configs = [read_checkpoint(tmp_path / name / "last.pt") for name in (".", "alone")]
+    assert [c["model_config"]["co_decomposition"] for c in configs] == [True, False]
+    assert [c["step"] for c in configs] == [48, 48]
+    assert (tmp_path / "metrics.md").exists()
     for step in (3, 12, 24):  # a sixteenth, a quarter and a half of them, for `make read`
         assert read_checkpoint(tmp_path / "snapshots" / f"{step}.pt")["step"] == step
     page = (tmp_path / "page.html").read_text()
-    assert "a bug and a wheel on sand" in page and "scene 1" in page
+    assert caption in page and "scene 1" in page
     assert done.stdout.rstrip().endswith(str(tmp_path / "page.html"))

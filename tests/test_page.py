@@ -46,7 +46,7 @@ def shown_on(page) -> np.ndarray:
         const d = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
         return Array.from(d).filter((_, i) => i % 4 === 3); }"""
     )
-    return np.array(alphas).reshape(64, 64) == 153
+    return np.array(alphas).reshape(96, 96) == 153
 
 
 def test_hovering_and_focusing_a_noun_shows_its_region(page, world):
@@ -73,7 +73,7 @@ def test_hovering_the_image_shows_the_region_under_the_pointer(page, world):
     y, x = np.argwhere(labels == 2)[5]
     box = page.locator(".image canvas").bounding_box()
     page.mouse.move(
-        box["x"] + (x + 0.5) * box["width"] / 64, box["y"] + (y + 0.5) * box["width"] / 64
+        box["x"] + (x + 0.5) * box["width"] / 96, box["y"] + (y + 0.5) * box["width"] / 96
     )
     assert np.array_equal(shown_on(page), labels == 2)
     page.mouse.move(0, 0)

@@ -1,23 +1,51 @@
 """The shapes world: what is drawn, said and labelled belongs together."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import open_clip
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, random_clip
 
-from clip import SHAPES_WEIGHTS, load_clip
+from clip import SHAPES_WEIGHTS, embed_texts, load_clip, text_hidden, tokenize
 from datasets import shapes
 from experiments.bound import class_masks
-from experiments.pretrain import retrieval_accuracy, zero_shot_accuracy
+from experiments.pretrain import (
+    close_up,
+    mosaic,
+    retrieval_accuracy,
+    shorten_text_states,
+    zero_shot_accuracy,
+)
 
 
 def test_a_scene_is_the_same_every_time_and_splits_differ():
     a, b = shapes.scene("train", 5), shapes.scene("train", 5)
     assert np.array_equal(a.image, b.image) and a.caption == b.caption
     assert not np.array_equal(a.image, shapes.scene("test", 5).image)
-    assert a.image.shape == (64, 64, 3) and a.image.dtype == np.uint8
+    assert a.image.shape == (96, 96, 3) and a.image.dtype == np.uint8
+
+
+def test_a_larger_drawing_is_the_same_scene():
+    small, large = shapes.scene("test", 3), shapes.scene("test", 3, scale=3)
+    assert large.things == small.things and large.caption == small.caption
+    assert large.image.shape == (288, 288, 3) and large.label.shape == (288, 288)
+    assert (large.label[1::3, 1::3] == small.label).mean() > 0.98
+    shrunk = large.image.reshape(96, 3, 96, 3, 3).mean((1, 3))
+    assert np.abs(shrunk - small.image).mean() < 4
+
+
+def test_objects_may_hide_parts_of_each_other():
+    hidden = 0
+    for i in range(40):
+        scene, alone = shapes.scene("val", i), np.zeros((96, 96), np.uint8)
+        shapes._paint(np.zeros((96, 96, 3), np.float32), alone, scene.things[0])
+        left = (scene.label == alone)[alone > 0].mean()
+        assert left > 0.4, i
+        hidden += left < 0.98
+    assert hidden >= 5
 
 
 def test_the_caption_speaks_of_what_is_there():
@@ -27,7 +55,7 @@ def test_the_caption_speaks_of_what_is_there():
         drawn = {thing.noun for thing in scene.things}
         said = {word for word in words if word in shapes.OBJECTS}
         assert said == drawn
-        assert {word for word in words if word in shapes.SURFACES} <= {scene.surface}
+        assert {word for word in words if word in shapes.SURFACES} <= set(scene.surfaces)
         colours = {thing.colour for thing in scene.things}
         assert {word for word in words if word in shapes.COLOURS} <= colours
         patterns = {thing.pattern for thing in scene.things}
@@ -42,7 +70,7 @@ def test_labels_are_the_silhouettes():
         drawn = {shapes.CLASS_NAMES.index(thing.noun) for thing in scene.things}
         assert labels <= drawn
         counts += np.bincount(scene.label.ravel(), minlength=13)
-    assert 0.12 < counts[1:].sum() / counts.sum() < 0.3
+    assert 0.18 < counts[1:].sum() / counts.sum() < 0.3
     assert (counts > 0).all()
 
 
@@ -83,3 +111,37 @@ def test_masks_of_the_bound_are_shares_of_the_cells():
     assert masks.shape == (1, 12, 32, 32)
     assert masks[0, 2, :2, :3].eq(1).all() and masks[0, 11, 30:, 31].eq(1).all()
     assert masks[0, 11, 29, 31] == 0.5 and masks.sum() == 6 + 2.5
+
+
+def test_close_ups_hold_their_object():
+    rng = np.random.default_rng(0)
+    for i in range(30):
+        scene = shapes.scene("val", i, objects=1)
+        view = close_up(rng, scene)
+        assert view.shape == (48, 48, 3)
+        # Where it lies in the scene, and that it shows half of the object or fills itself with it.
+        inside = close_up(np.random.default_rng(i), replace(scene, image=scene.label[..., None]))
+        assert (inside > 0).sum() > min(0.5 * (scene.label > 0).sum(), 0.4 * 48**2), i
+
+
+def test_a_mosaic_and_the_places_of_its_close_ups():
+    views = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 16, 16)  # number k is all k
+    images, share = mosaic(views, np.random.default_rng(0), 4)
+    assert images.shape == (2, 3, 32, 32) and share.shape == (2, 4, 64)
+    assert torch.allclose(share.sum(2), torch.ones(2, 4))
+    patches = torch.nn.functional.avg_pool2d(images, 4)[:, 0].flatten(1)  # (2, 64)
+    for i in range(2):
+        for k in range(4):
+            assert patches[i][share[i, k] > 0].eq(4 * i + k).all()
+    assert not torch.equal(images[0, :, :16, :16], views[0])  # it was moved
+
+
+def test_shorter_text_states_give_the_same_embeddings():
+    clip, tokens = random_clip(), tokenize(["a red kite on sand", "one bug"])
+    with torch.no_grad():  # as long as trained ones: LayerNorm adds 1e-5 to the variance
+        clip.token_embedding.weight.mul_(50)
+        states, before = text_hidden(clip, clip.token_embedding(tokens)), embed_texts(clip, tokens)
+        shorten_text_states(clip, 0.2)
+        shorter, after = text_hidden(clip, clip.token_embedding(tokens)), embed_texts(clip, tokens)
+    assert torch.allclose(shorter, 0.2 * states, atol=2e-3 * shorter.abs().max().item())
+    assert torch.allclose(before, after, atol=1e-3)
