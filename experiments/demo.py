@@ -32,7 +32,7 @@ from support.files import save_text
 from support.page import page_item, word_content, write_page
 
 TRAIN = Path(__file__).parents[1] / "train.py"
-SNAPSHOT_SHARES = (1 / 16, 1 / 4, 1 / 2)  # of the steps
+SNAPSHOTS = (1, 4, 8)  # of the sixteen checkpoints of a training
 SCALE = 3  # scenes are shown so many times as large as the network sees them
 
 
@@ -85,6 +85,11 @@ def explored(code: Segmenter, benchmark: Benchmark, i: int) -> dict:
     return item | word_content(caption, word_masks(code.model, caption, nouns))
 
 
+def snapshot_steps(steps: int) -> list[int]:
+    """After how many of the steps a copy of last.pt is kept."""
+    return [number * max(1, steps // 16) for number in SNAPSHOTS]
+
+
 def start_training(out: Path, steps: int, *options: str, quiet: bool = False) -> subprocess.Popen:
     """train.py on the shapes world in a process of its own, with one thread: two such small
     trainings side by side are faster than one after the other."""
@@ -107,7 +112,7 @@ def train_with_snapshots(out: Path, steps: int | None) -> None:
     shutil.rmtree(kept, ignore_errors=True)
     kept.mkdir(parents=True)
     steps = steps or TRAIN_PRESETS["shapes"]["steps"]
-    wanted, newest = [int(steps * share) for share in SNAPSHOT_SHARES], None
+    wanted, newest = snapshot_steps(steps), None
     with start_training(out, steps, "--checkpoint-every", str(max(1, steps // 16))) as training:
         while training.poll() is None:
             time.sleep(0.05)

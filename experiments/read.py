@@ -35,7 +35,7 @@ from config import (
 from datasets.protocols import completed
 from experiments import read_figures as drawn
 from experiments import read_results as results
-from experiments.demo import SNAPSHOT_SHARES, train_with_snapshots
+from experiments.demo import snapshot_steps, train_with_snapshots
 from experiments.read_draw import at, readable
 from experiments.read_pair import ROOT, branches, find, large_scene, models, observe, small_batch
 from support.files import save_text
@@ -244,7 +244,7 @@ def new_figures(config: ReadConfig) -> dict[str, str]:
         train_with_snapshots(demo, None)
     content = read_checkpoint(demo / "last.pt")
     training, losses = TrainConfig(**content["train_config"]), LossConfig(**content["loss_config"])
-    steps = [0, *(int(training.steps * share) for share in SNAPSHOT_SHARES), training.steps]
+    steps = [0, *snapshot_steps(training.steps), training.steps]
     trained = models(demo, steps)
     pairs = small_batch(config.pair, training, len(trained[0].context))
     seen = [observe(model, pairs, training, losses) for model in trained]
