@@ -232,7 +232,7 @@ def windows(large: Large) -> str:
     )
     count = len(rows) * len(columns)
     alt = f"A scene of {width} by {height} pixels under {count} windows of {side}"
-    uri = data_uri(large.image, "PNG")
+    uri = data_uri(large.image, "JPEG")
     return (
         f'<svg class="large" viewBox="0 0 {width} {height}" role="img" aria-label="{alt}">'
         f'<image class="px" href="{uri}" width="{width}" height="{height}"/>{boxes}</svg>'
@@ -296,7 +296,7 @@ def threshold(large: Large, found: Sequence[dict[str, Tensor]]) -> str:
     said = at([f"{value('miou', score, 1)} %" for score in scores])
     return (
         f'<div class="threshold" data-colours="{[list(c) for c in colours]}">'
-        f'<div class="stack"><img class="px" src="{data_uri(large.image, "PNG")}" alt="The scene">'
+        f'<div class="stack"><img class="px" src="{data_uri(large.image, "JPEG")}" alt="The scene">'
         f'<canvas width="{width}" height="{height}" role="img" '
         f'aria-label="The regions of all words above the threshold"></canvas></div>{sources}'
         f'<p class="legend">{legend}</p>'

@@ -15,7 +15,7 @@ from support.files import whole_file
 
 def data_uri(image: Image.Image, form: str) -> str:
     file = io.BytesIO()
-    image.save(file, form, quality=88)
+    image.save(file, form, quality=88, optimize=True)
     return f"data:image/{form.lower()};base64," + base64.b64encode(file.getvalue()).decode()
 
 
