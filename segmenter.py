@@ -147,9 +147,14 @@ class Segmenter:
             # Of words to classes: the best of each one's alternatives.
             return torch.stack([some.amax(0) for some in scores.split(self.counts)])
 
-    def label_map(self, image: Image.Image, background: bool) -> Tensor:
-        """Class index of every pixel: (H, W) int64. With background, 0 is "none of the words"."""
-        best, index = arg_max(self.scores(image), (image.height, image.width))
+    def label_map(
+        self, image: Image.Image, background: bool, size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Class index of every pixel: (H, W) int64. With background, 0 is "none of the words".
+
+        size: (H, W), of a drawing of the same scene in more pixels; otherwise the image's own.
+        """
+        best, index = arg_max(self.scores(image), size or (image.height, image.width))
         if not background:
             return index
         return with_background(best, index - self.first_class, self.config.background)

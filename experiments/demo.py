@@ -24,7 +24,7 @@ from config import TRAIN_PRESETS, EvalConfig, UserError, option, parse, run
 from data import select_nouns, shapes_tagger
 from datasets import Benchmark, shapes
 from evaluate import evaluate
-from experiments.measure import regions_in, segmenter_of
+from experiments.measure import segmenter_of
 from segment import word_masks
 from segmenter import Segmenter, arg_max
 from support.draw import below, coloured_text, contact_sheet, legend, overlay, palette, save_png
@@ -64,8 +64,8 @@ def sheet(segmenters: dict[str, Segmenter], benchmark: Benchmark, rows: int) -> 
     for i in range(rows):
         scene, side = shapes.scene("test", i, scale=SCALE), SCALE * shapes.SIDE
         image, maps = Image.fromarray(scene.image), [scene.label.astype(int)]
-        for segmenter in segmenters.values():
-            maps.append(regions_in(segmenter, benchmark.image(i), side))
+        seen = benchmark.image(i)  # in as many pixels as the network has
+        maps += [s.label_map(seen, True, (side, side)).numpy() for s in segmenters.values()]
         tinted = [overlay(image, labels - 1, colours) for labels in maps]
         lines.append([image, caption_image(scene.caption, by_noun, side), *tinted])
     titles = ["image", "caption", "ground truth", *segmenters]

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision.transforms.functional import normalize, to_tensor
 
 from checkpoints import load_method
@@ -58,13 +57,6 @@ def mean_ious(
             labels = with_background(best, index - segmenter.first_class, threshold)
             iou.add(labels.numpy(), benchmark.label(i))
     return {str(threshold): iou.mean() for threshold, iou in sums.items()}
-
-
-@torch.no_grad()
-def regions_in(segmenter: Segmenter, image: Image.Image, side: int) -> np.ndarray:
-    """Label map of an image for a drawing of it that is `side` pixels wide: (side, side) int64."""
-    best, index = arg_max(segmenter.scores(image), (side, side))
-    return with_background(best, index, segmenter.config.background).numpy()
 
 
 def nouns_of_words(words: Sequence[str]) -> list[str | None]:

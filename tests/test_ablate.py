@@ -79,6 +79,7 @@ def test_it_trains_measures_draws_and_skips_what_is_done(tmp_path, mistake):
     assert found["true_masks"] == true_mask_accuracy(model, 3)
     assert f"| + C + W + R (CoDe) | {found['mIoU']['0.4']:.1f} ± nan |" in text
     assert "29.8" in text and "not measured here" in text
+    assert "table 4.2" in text and "table 4.3" not in text  # of which only CoDe was trained
     with Image.open(tmp_path / "r" / "ablation.png") as sheet:
         assert sheet.width > 5 * 160
 

@@ -101,6 +101,9 @@ def test_background_is_where_no_class_exceeds_the_threshold():
     full = F.interpolate(scores[None], (9, 13), mode="bilinear", align_corners=False)[0]
     image = Image.new("RGB", (13, 9))
     assert torch.equal(segmenter.label_map(image, False), full.argmax(0))
+    # The same at the size of a larger drawing of the scene.
+    small = Image.new("RGB", (7, 5))
+    assert torch.equal(segmenter.label_map(small, False, (9, 13)), full.argmax(0))
 
 
 # --- mistakes -------------------------------------------------------------------------------------
