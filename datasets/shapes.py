@@ -160,10 +160,15 @@ def _ground(rng: np.random.Generator, surfaces: Sequence[str], scale: int) -> np
     return np.where((y > border)[..., None], painted[0], painted[-1])
 
 
-def describe(rng: np.random.Generator, thing: Thing, article: bool = True) -> str:
-    """A noun phrase that is true of a thing: "a striped red kite", "the big bug"."""
+def describe(
+    rng: np.random.Generator, thing: Thing, article: bool = True, coloured: float = 0.9
+) -> str:
+    """A noun phrase that is true of a thing: "a striped red kite", "the big yellow bug".
+
+    coloured: how often it names the colour.
+    """
     words = []
-    if thing.colour and rng.random() < 0.6:
+    if rng.random() < coloured:
         words.append(thing.colour)
     if thing.pattern and rng.random() < 0.7:
         words.insert(int(rng.integers(len(words) + 1)), thing.pattern)
@@ -175,15 +180,20 @@ def describe(rng: np.random.Generator, thing: Thing, article: bool = True) -> st
     return f"{'the' if rng.random() < 0.2 else 'a'} {phrase}" if article else phrase
 
 
-def caption_of(rng: np.random.Generator, things: Sequence[Thing], surfaces: Sequence[str]) -> str:
+def caption_of(
+    rng: np.random.Generator,
+    things: Sequence[Thing],
+    surfaces: Sequence[str],
+    coloured: float = 0.9,
+) -> str:
     """A sentence about the scene, from many templates with varying word order."""
     things = [things[i] for i in rng.permutation(len(things))]
-    phrases = [describe(rng, thing) for thing in things]
+    phrases = [describe(rng, thing, coloured=coloured) for thing in things]
     first, ground = things[0], ("the " if rng.random() < 0.6 else "") + surfaces[0]
     if len(surfaces) == 2 and rng.random() < 0.5:
         ground = f"{ground} and {surfaces[1]}"
     if len(things) == 1:
-        plain = describe(rng, first, article=False)
+        plain = describe(rng, first, article=False, coloured=coloured)
         forms = [
             f"{phrases[0]} on {ground}",
             f"on {ground} is {phrases[0]}",

@@ -24,8 +24,7 @@ from clip import SHAPES_WEIGHTS, load_clip, visual_hidden
 from config import MASK_PRESETS, TRAIN_PRESETS, MaskConfig, ModelConfig, option, parse, run
 from datasets import shapes
 from evaluate import make_segmenter
-from experiments.measure import mean_ious
-from experiments.pretrain import to_input
+from experiments.measure import mean_ious, to_input
 from model import CoDe
 
 THRESHOLDS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)  # of the background

@@ -1,11 +1,14 @@
-"""What the ablations measure of a run on the shapes world: regions, words, and the prompts."""
+"""What the experiments measure on the shapes world: of a run its regions, words and prompts; of a
+CLIP what it knows of this world."""
 
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import torch
+from torch import Tensor
 from torchvision.transforms.functional import normalize, to_tensor
 
 from checkpoints import load_method
@@ -13,17 +16,20 @@ from clip import (
     IMAGE_MEAN,
     IMAGE_STD,
     PRIOR_TEMPLATES,
+    embed_texts,
     end_of_text,
     image_embedding,
     noun_prompts,
     template_embedding,
     text_embedding,
     tokenize,
+    visual_hidden,
 )
 from config import MASK_PRESETS, MaskConfig
 from data import select_nouns, shapes_tagger
 from datasets import load_benchmark, shapes
 from datasets.protocols import completed
+from dense import dense_embedding
 from evaluate import IoU, make_segmenter
 from model import CoDe, highlight_image, highlight_text
 from segmenter import Segmenter, arg_max, with_background
@@ -128,3 +134,55 @@ def true_mask_accuracy(model: CoDe, scenes: int) -> dict[str, float]:
             for kind, embedding in (("regions", e_v), ("words", e_t)):
                 right[kind].append(int((embedding @ texts.T).argmax()) == number)
     return {kind: 100 * statistics.mean(values) for kind, values in right.items()}
+
+
+# --- of a CLIP alone ----------------------------------------------------------------------------
+
+
+def to_input(images: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) -> normalised float (B, 3, H, W)."""
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    return (x - torch.tensor(IMAGE_MEAN).view(3, 1, 1)) / torch.tensor(IMAGE_STD).view(3, 1, 1)
+
+
+@torch.no_grad()
+def zero_shot_accuracy(clip: open_clip.CLIP, split: str, count: int = 500) -> float:
+    """Percent of single-object scenes whose object noun is found among the twelve."""
+    clip.eval()
+    scenes = [shapes.scene(split, i, objects=1) for i in range(count)]
+    names = list(shapes.OBJECTS)
+    texts = template_embedding(clip, names, PRIOR_TEMPLATES)
+    images = image_embedding(clip, to_input(np.stack([s.image for s in scenes])))
+    found = (images @ texts.T).argmax(1)
+    return 100 * float(np.mean([names[i] == s.things[0].noun for i, s in zip(found, scenes)]))
+
+
+@torch.no_grad()
+def retrieval_accuracy(clip: open_clip.CLIP, split: str, groups: int = 5) -> float:
+    """Percent of images whose own caption is the nearest among 100."""
+    clip.eval()
+    right = []
+    for group in range(groups):
+        scenes = [shapes.scene(split, 100 * group + i) for i in range(100)]
+        images = image_embedding(clip, to_input(np.stack([s.image for s in scenes])))
+        texts = embed_texts(clip, tokenize([s.caption for s in scenes]))
+        right.append((images @ texts.T).argmax(1) == torch.arange(100))
+    return 100 * float(torch.cat(right).float().mean())
+
+
+@torch.no_grad()
+def dense_accuracy(clip: open_clip.CLIP, split: str, count: int = 200) -> float:
+    """Percent of patches mostly inside one object whose dense feature finds it among 18 nouns."""
+    clip.eval()
+    scenes = [shapes.scene(split, i) for i in range(count)]
+    texts = template_embedding(clip, shapes.NOUNS, PRIOR_TEMPLATES)
+    images = to_input(np.stack([s.image for s in scenes]))
+    features = dense_embedding(clip, visual_hidden(clip, images), clip.visual.grid_size)
+    found = (features @ texts.T).argmax(-1).numpy()
+    grid = clip.visual.grid_size[0]
+    labels = np.stack([s.label for s in scenes]).reshape(count, grid, 8, grid, 8).swapaxes(2, 3)
+    labels = labels.reshape(count, grid**2, 64)  # scene, patch, pixel
+    values = np.median(labels, axis=-1)
+    sure = (labels == values[..., None]).mean(-1) > 0.6
+    sure &= values > 0
+    return 100 * float((found + 1 == values)[sure].mean())

@@ -11,7 +11,10 @@ here; one that sees 40,000 drawings on a laptop needs two kinds:
   last block, averaged, must predict the words of its own caption (through another head that is
   thrown away). Without it the transformer parks an object's identity in background patches.
 
-The dense value features that MaskCLIP reads are left to themselves, as in CLIPs of the web.
+The dense value features that MaskCLIP reads are left to themselves, as in CLIPs of the web. At the
+end a new text tower is trained for the finished image tower, which takes two minutes: its long
+embeddings keep words and their places visible in the last hidden states, where the text segmenter
+looks for them.
 """
 
 import math
@@ -28,21 +31,23 @@ from tqdm import tqdm
 
 from checkpoints.ours import save_checkpoint
 from clip import (
-    IMAGE_MEAN,
-    IMAGE_STD,
     IMAGENET_TEMPLATES,
     PRIOR_TEMPLATES,
     SHAPES_ARCHITECTURE,
     SHAPES_WEIGHTS,
     embed_texts,
     image_embedding,
-    template_embedding,
     tokenize,
     visual_hidden,
 )
 from config import option, parse, run
 from datasets import shapes
-from dense import dense_embedding
+from experiments.measure import (
+    dense_accuracy,
+    retrieval_accuracy,
+    to_input,
+    zero_shot_accuracy,
+)
 
 ADJECTIVES = (*shapes.COLOURS, *shapes.PATTERNS, *shapes.SMALL, *shapes.LARGE)
 WORDS = (*shapes.NOUNS, *ADJECTIVES)  # what the word head predicts
@@ -50,13 +55,15 @@ WORDS = (*shapes.NOUNS, *ADJECTIVES)  # what the word head predicts
 
 @dataclass
 class PretrainConfig:
-    """The two stages; a stage's images are drawn with repetition from the drawn scenes."""
+    """The three stages; their images are drawn with repetition from the drawn scenes."""
 
     scenes: int = option(40_000, "scenes drawn, half of them with a single object")
     batch_size: int = option(64, "pairs in a step")
     word_steps: int = option(1500, "stage 1: word head and mosaics, close-ups alone")
     contrast_steps: int = option(3000, "stage 2: InfoNCE and word head on whole scenes, mosaics")
-    lr: float = option(1e-3, "peak learning rate; constant but for warm-up and stage 2")
+    text_steps: int = option(1800, "stage 3: InfoNCE of a new text tower, the image tower fixed")
+    text_scenes: int = option(10_000, "scenes of stage 3")
+    lr: float = option(1e-3, "peak learning rate; constant in stage 1, a cosine in 2 and in 3")
     weight_decay: float = option(0.05, "AdamW")
     seed: int = option(0, "of weights and batches")
     out: str = option(str(SHAPES_WEIGHTS), "file to write")
@@ -66,18 +73,16 @@ def draw_scene(job: tuple[int, int | None]) -> shapes.Scene:
     return shapes.scene("pretrain", *job)
 
 
-def to_input(images: np.ndarray) -> Tensor:
-    """uint8 (B, H, W, 3) -> normalised float (B, 3, H, W)."""
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    return (x - torch.tensor(IMAGE_MEAN).view(3, 1, 1)) / torch.tensor(IMAGE_STD).view(3, 1, 1)
+def caption_for(rng: np.random.Generator, scene: shapes.Scene, coloured: float) -> str:
+    """A new caption of a scene; a single object is sometimes named by one of CLIP's templates.
 
-
-def caption_for(rng: np.random.Generator, scene: shapes.Scene) -> str:
-    """A new caption of a scene; a single object is sometimes named by one of CLIP's templates."""
+    coloured: how often an object's colour is named. Captions that always do are told apart by
+    colours, and the objects come late.
+    """
     if len(scene.things) == 1 and rng.random() < 0.4:
-        phrase = shapes.describe(rng, scene.things[0], article=False)
+        phrase = shapes.describe(rng, scene.things[0], article=False, coloured=coloured)
         return IMAGENET_TEMPLATES[rng.integers(80)].format(phrase)
-    return shapes.caption_of(rng, scene.things, scene.surfaces)
+    return shapes.caption_of(rng, scene.things, scene.surfaces, coloured)
 
 
 def words_in(captions: list[str]) -> Tensor:
@@ -116,49 +121,6 @@ def mosaic(images: Tensor, rng: np.random.Generator, patch: int) -> tuple[Tensor
     return mixed, share.flatten(2)
 
 
-@torch.no_grad()
-def zero_shot_accuracy(clip: open_clip.CLIP, split: str, count: int = 500) -> float:
-    """Percent of single-object scenes whose object noun is found among the twelve."""
-    clip.eval()
-    scenes = [shapes.scene(split, i, objects=1) for i in range(count)]
-    names = list(shapes.OBJECTS)
-    texts = template_embedding(clip, names, PRIOR_TEMPLATES)
-    images = image_embedding(clip, to_input(np.stack([s.image for s in scenes])))
-    found = (images @ texts.T).argmax(1)
-    return 100 * float(np.mean([names[i] == s.things[0].noun for i, s in zip(found, scenes)]))
-
-
-@torch.no_grad()
-def retrieval_accuracy(clip: open_clip.CLIP, split: str, groups: int = 5) -> float:
-    """Percent of images whose own caption is the nearest among 100."""
-    clip.eval()
-    right = []
-    for group in range(groups):
-        scenes = [shapes.scene(split, 100 * group + i) for i in range(100)]
-        images = image_embedding(clip, to_input(np.stack([s.image for s in scenes])))
-        texts = embed_texts(clip, tokenize([s.caption for s in scenes]))
-        right.append((images @ texts.T).argmax(1) == torch.arange(100))
-    return 100 * float(torch.cat(right).float().mean())
-
-
-@torch.no_grad()
-def dense_accuracy(clip: open_clip.CLIP, split: str, count: int = 200) -> float:
-    """Percent of patches mostly inside one object whose dense feature finds it among 18 nouns."""
-    clip.eval()
-    scenes = [shapes.scene(split, i) for i in range(count)]
-    texts = template_embedding(clip, shapes.NOUNS, PRIOR_TEMPLATES)
-    images = to_input(np.stack([s.image for s in scenes]))
-    features = dense_embedding(clip, visual_hidden(clip, images), clip.visual.grid_size)
-    found = (features @ texts.T).argmax(-1).numpy()
-    grid = clip.visual.grid_size[0]
-    labels = np.stack([s.label for s in scenes]).reshape(count, grid, 8, grid, 8).swapaxes(2, 3)
-    labels = labels.reshape(count, grid**2, 64)  # scene, patch, pixel
-    values = np.median(labels, axis=-1)
-    sure = (labels == values[..., None]).mean(-1) > 0.6
-    sure &= values > 0
-    return 100 * float((found + 1 == values)[sure].mean())
-
-
 class Helpers(nn.Module):
     """What predicts words from CLIP's tokens during pretraining, and is thrown away afterwards."""
 
@@ -169,18 +131,21 @@ class Helpers(nn.Module):
         self.region_norm, self.region_head = nn.LayerNorm(width), nn.Linear(width, len(WORDS))
 
 
+def contrastive_loss(clip: open_clip.CLIP, images: Tensor, captions: list[str]) -> Tensor:
+    """CLIP's InfoNCE, both directions, of image embeddings (B, C) and their captions."""
+    texts = embed_texts(clip, tokenize(captions))
+    scale = clip.logit_scale.exp().clamp(max=100)
+    logits, target = scale * images @ texts.T, torch.arange(len(images))
+    return F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
+
+
 def word_loss(
     clip: open_clip.CLIP, helpers: Helpers, x: Tensor, captions: list[str], contrast: bool
 ) -> Tensor:
     """The words of each caption from the class token; with `contrast`, CLIP's InfoNCE too."""
     pooled, words = image_embedding(clip, x), words_in(captions)
     loss = 10 * F.binary_cross_entropy_with_logits(helpers.word_head(10 * pooled), words)
-    if contrast:
-        texts = embed_texts(clip, tokenize(captions))
-        scale = clip.logit_scale.exp().clamp(max=100)
-        logits, target = scale * pooled @ texts.T, torch.arange(len(x))
-        loss = loss + F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
-    return loss
+    return loss + contrastive_loss(clip, pooled, captions) if contrast else loss
 
 
 def mosaic_loss(
@@ -205,6 +170,60 @@ def learning_rate(step: int, stages: tuple[int, int], peak: float) -> float:
     if step < stages[0]:
         return peak * min(1, (step + 1) / 100)
     return peak * (1 + math.cos(math.pi * (step - stages[0]) / stages[1])) / 2
+
+
+def make_optimizer(parameters: list[nn.Parameter], config: PretrainConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices and kernels only."""
+    decay = [p for p in parameters if p.ndim > 1]
+    plain = [p for p in parameters if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain}]
+    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0, betas=(0.9, 0.98))
+
+
+@torch.no_grad()
+def lengthen_embeddings(clip: open_clip.CLIP) -> None:
+    """Start the text tower with embeddings of words and positions several times as long as
+    open_clip's, the positions as sines and cosines (wavelengths of 2 to 200 words).
+
+    So its last hidden states still tell which word stands where: the text segmenter needs both.
+    """
+    nn.init.normal_(clip.token_embedding.weight, std=0.1)
+    count, width = clip.positional_embedding.shape
+    turns = math.pi * 100 ** -torch.linspace(0, 1, width // 2 + 1)[:-1]
+    angles = torch.arange(count)[:, None] * turns
+    clip.positional_embedding[:, 0::2] = 0.07 * angles.sin()
+    clip.positional_embedding[:, 1::2] = 0.07 * angles.cos()
+
+
+def with_new_text_tower(
+    clip: open_clip.CLIP, scenes: list[shapes.Scene], config: PretrainConfig
+) -> open_clip.CLIP:
+    """Stage 3: a new CLIP with this one's image tower, as it is stored, and a text tower that
+    learns to name its embeddings of the scenes."""
+    torch.manual_seed(config.seed)
+    rng = np.random.default_rng((config.seed, 3))
+    new = open_clip.CLIP(**SHAPES_ARCHITECTURE)
+    lengthen_embeddings(new)
+    new.visual.load_state_dict({k: v.half() for k, v in clip.visual.state_dict().items()})
+    with torch.no_grad():
+        drawn = np.stack([scene.image for scene in scenes])
+        parts = (drawn[i : i + 100] for i in range(0, len(drawn), 100))
+        images = torch.cat([image_embedding(new, to_input(part)) for part in parts])
+
+    parameters = [p for name, p in new.named_parameters() if not name.startswith("visual.")]
+    optimizer = make_optimizer(parameters, config)
+    for step in tqdm(range(config.text_steps), "text tower"):
+        cosine = (1 + math.cos(math.pi * step / config.text_steps)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * min(1, (step + 1) / 100) * cosine
+        chosen = rng.choice(len(scenes), config.batch_size)
+        captions = [caption_for(rng, scenes[i], coloured=0.9) for i in chosen]
+        loss = contrastive_loss(new, images[chosen], captions)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    return new
 
 
 @torch.no_grad()
@@ -249,10 +268,7 @@ def main() -> None:
 
     clip, helpers = open_clip.CLIP(**SHAPES_ARCHITECTURE), Helpers()
     parameters = [p for p in clip.parameters() if p.requires_grad] + list(helpers.parameters())
-    decay = [p for p in parameters if p.ndim > 1]
-    plain = [p for p in parameters if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain}]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0, betas=(0.9, 0.98))
+    optimizer = make_optimizer(parameters, config)
 
     stages = (config.word_steps, config.contrast_steps)
     bar = tqdm(range(sum(stages)), "pretraining")
@@ -264,7 +280,7 @@ def main() -> None:
         whole = contrast and step % 2 == 0
         count = config.batch_size if whole or step % 2 == 0 else 4 * config.batch_size
         chosen = rng.choice(config.scenes if whole else single, count)
-        captions = [caption_for(rng, scenes[i]) for i in chosen]
+        captions = [caption_for(rng, scenes[i], coloured=0.6) for i in chosen]
         if whole:
             x = to_input(images[chosen])
         else:
@@ -289,8 +305,9 @@ def main() -> None:
             metrics += f", {dense_accuracy(clip, 'val'):.1f} % dense"
             bar.write(f"step {step + 1}: {metrics}, {time.time() - start:.0f} s")
 
+    clip = with_new_text_tower(clip, scenes[: config.text_scenes], config)
+    shorten_text_states(clip, 0.25)
     made = f"python -m experiments.pretrain --seed {config.seed}: {time.time() - start:.0f} s"
-    shorten_text_states(clip, 0.2)
     store(clip, scenes, config.out, made)
     print(
         f"test split: {zero_shot_accuracy(clip, 'test'):.1f} % of the objects, "

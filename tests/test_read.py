@@ -112,7 +112,7 @@ def test_the_readme_leads_to_every_equation():
 # --- values ---------------------------------------------------------------------------------------
 
 
-def first_content(steps: int = 300) -> dict:
+def first_content(steps: int = 400) -> dict:
     """What a checkpoint of the shapes world says of its run."""
     preset = TRAIN_PRESETS["shapes"]
     training, losses = (
@@ -224,7 +224,7 @@ def test_the_slider_moves_every_figure_through_the_training(opened):
     for at in range(5):
         slider.fill(str(at))
         seen.append(shown(opened))
-        assert opened.locator(".ticks .now").inner_text() == ["0", "18", "72", "144", "300"][at]
+        assert opened.locator(".ticks .now").inner_text() == ["0", "25", "100", "200", "400"][at]
         loss = opened.locator('[data-name="l_hcl"]').filter(visible=True)
         assert float(loss.get_attribute("value")) == numbers(PAGE, "l_hcl")[at]
     assert len(set(seen)) == 5
@@ -312,6 +312,6 @@ def test_print_leaves_the_controls_out(opened):
         assert not opened.locator(part).first.is_visible(), part
     assert opened.locator("#eq-3-4 .equation math").is_visible()
     assert opened.locator("#eq-3-4 pre").first.is_visible()
-    assert opened.locator("#eq-3-4 .when").inner_text() == "after 300 steps"
+    assert opened.locator("#eq-3-4 .when").inner_text() == "after 400 steps"
     opened.emulate_media(media="screen")
     assert opened.locator("#training-slider").is_visible()

@@ -1,5 +1,6 @@
 """The shapes world: what is drawn, said and labelled belongs together."""
 
+import math
 import re
 from dataclasses import replace
 
@@ -9,15 +10,17 @@ import pytest
 import torch
 from conftest import ROOT, random_clip
 
-from clip import SHAPES_WEIGHTS, embed_texts, load_clip, text_hidden, tokenize
+from clip import SHAPES_WEIGHTS, embed_texts, image_embedding, load_clip, text_hidden, tokenize
 from datasets import shapes
 from experiments.bound import class_masks
+from experiments.measure import retrieval_accuracy, to_input, zero_shot_accuracy
 from experiments.pretrain import (
+    PretrainConfig,
     close_up,
+    lengthen_embeddings,
     mosaic,
-    retrieval_accuracy,
     shorten_text_states,
-    zero_shot_accuracy,
+    with_new_text_tower,
 )
 
 
@@ -134,6 +137,38 @@ def test_a_mosaic_and_the_places_of_its_close_ups():
         for k in range(4):
             assert patches[i][share[i, k] > 0].eq(4 * i + k).all()
     assert not torch.equal(images[0, :, :16, :16], views[0])  # it was moved
+
+
+def test_positions_of_the_text_tower_tell_distances():
+    """Of sines and cosines: how alike two positions are depends on their distance alone."""
+    clip = random_clip()
+    lengthen_embeddings(clip)
+    position = clip.positional_embedding.double()
+    alike = position @ position.T / 0.07**2
+    width = position.shape[1]
+    for distance in (0, 1, 5, 40):
+        waves = [math.cos(distance * math.pi / 100 ** (i / (width / 2))) for i in range(width // 2)]
+        assert torch.allclose(
+            alike.diagonal(distance), torch.tensor(sum(waves)).double(), atol=1e-4
+        )
+    assert clip.token_embedding.weight.std() == pytest.approx(0.1, rel=0.01)
+
+
+def test_a_new_text_tower_learns_what_the_image_tower_sees():
+    old, scenes = load_clip("shapes"), [shapes.scene("pretrain", i) for i in range(50)]
+    new, *short = (
+        with_new_text_tower(old, scenes, PretrainConfig(text_steps=steps)).eval()
+        for steps in (100, 2, 2)
+    )
+    for name, value in short[0].state_dict().items():  # it follows from the seed
+        assert torch.equal(short[1].state_dict()[name], value), name
+    for name, value in old.visual.state_dict().items():
+        assert torch.equal(new.visual.state_dict()[name], value), name
+    with torch.no_grad():
+        images = image_embedding(old, to_input(np.stack([scene.image for scene in scenes])))
+        texts = embed_texts(new, tokenize([scene.caption for scene in scenes]))
+    right = (images @ texts.T).argmax(1) == torch.arange(len(scenes))
+    assert right.float().mean() > 0.5  # chance: 0.02
 
 
 def test_shorter_text_states_give_the_same_embeddings():
