@@ -56,7 +56,7 @@ def tile(array: np.ndarray | Tensor, alt: str, title: str = "", kind: str = "") 
     array = np.asarray(array)
     if array.ndim == 2:
         array = array * 255
-    source = data_uri(Image.fromarray(array.round().astype(np.uint8)), "PNG")
+    source = data_uri(Image.fromarray(array.round().astype(np.uint8)), "WEBP")
     shown = f'<img class="px" src="{source}" alt="{html.escape(alt)}">'
     under = f'<span class="under">{title}</span>' if title else ""
     return f'<span class="tile {kind}">{shown}{under}</span>'

@@ -14,8 +14,9 @@ from support.files import whole_file
 
 
 def data_uri(image: Image.Image, form: str) -> str:
+    """An image inside a page, as "PNG", "WEBP" (both exact, the latter smaller) or "JPEG"."""
     file = io.BytesIO()
-    image.save(file, form, quality=88, optimize=True)
+    image.save(file, form, quality=88, optimize=True, lossless=True)
     return f"data:image/{form.lower()};base64," + base64.b64encode(file.getvalue()).decode()
 
 
