@@ -212,8 +212,7 @@ class EvalConfig:
 
 # --- presets --------------------------------------------------------------------------------------
 
-# What differs from the thesis in the shapes world, whose images are 96 pixels wide and whose CLIP
-# has higher cosines than the real one.
+# What differs from the thesis in the shapes world: images of 96 pixels, a CLIP of high cosines.
 TRAIN_PRESETS = {
     "thesis": {},
     "shapes": dict(

@@ -150,10 +150,8 @@ class Segmenter:
     def label_map(
         self, image: Image.Image, background: bool, size: tuple[int, int] | None = None
     ) -> Tensor:
-        """Class index of every pixel: (H, W) int64. With background, 0 is "none of the words".
-
-        size: (H, W), of a drawing of the same scene in more pixels; otherwise the image's own.
-        """
+        """Class index of every pixel, (H, W) int64, at the image's own size or another one. With
+        background, 0 is "none of the words"."""
         best, index = arg_max(self.scores(image), size or (image.height, image.width))
         if not background:
             return index

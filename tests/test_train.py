@@ -204,7 +204,7 @@ def test_help_lists_every_field():
 
 def test_resuming_another_configuration_names_the_difference(uninterrupted):
     done = train(*TINY, "--steps", "10", "--lr", "0.5", "--out", uninterrupted, "--resume", code=2)
-    assert "lr was 0.002, is 0.5" in done.stderr
+    assert "lr was 0.003, is 0.5" in done.stderr
 
 
 def test_a_run_is_not_overwritten(uninterrupted):
