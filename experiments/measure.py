@@ -9,7 +9,6 @@ import numpy as np
 import open_clip
 import torch
 from torch import Tensor
-from torchvision.transforms.functional import normalize, to_tensor
 
 from checkpoints import load_method
 from clip import (
@@ -119,7 +118,7 @@ def true_mask_accuracy(model: CoDe, scenes: int) -> dict[str, float]:
     right: dict[str, list[bool]] = {"regions": [], "words": []}
     for i in range(scenes):
         scene = shapes.scene("test", i)
-        image = normalize(to_tensor(scene.image), IMAGE_MEAN, IMAGE_STD)[None]
+        image = to_input(scene.image[None])
         words = scene.caption.replace(",", "").split()
         tokens = tokenize([" ".join(words)])
         embeddings, eot = clip.token_embedding(tokens), end_of_text(tokens)

@@ -180,6 +180,14 @@ def make_optimizer(parameters: list[nn.Parameter], config: PretrainConfig) -> to
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0, betas=(0.9, 0.98))
 
 
+def update(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], loss: Tensor) -> None:
+    """A step down the loss's gradient, whose norm is at most 1."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+
+
 @torch.no_grad()
 def lengthen_embeddings(clip: open_clip.CLIP) -> None:
     """Start the text tower with embeddings of words and positions several times as long as
@@ -219,10 +227,7 @@ def with_new_text_tower(
         chosen = rng.choice(len(scenes), config.batch_size)
         captions = [caption_for(rng, scenes[i], coloured=0.9) for i in chosen]
         loss = contrastive_loss(new, images[chosen], captions)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        update(optimizer, parameters, loss)
     return new
 
 
@@ -294,10 +299,7 @@ def main() -> None:
                 loss = mosaic_loss(clip, helpers, x, captions, rng)
             else:
                 loss = word_loss(clip, helpers, x, captions, contrast)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        update(optimizer, parameters, loss)
         bar.set_postfix(stage=1 + contrast, loss=f"{loss.item():.3f}", refresh=False)
         if (step + 1) % 500 == 0:
             metrics = f"{zero_shot_accuracy(clip, 'val'):.1f} % objects"

@@ -144,9 +144,11 @@ def features(pairs: Pairs, observations: Observations) -> str:
         return (40 + 200 * share).round().byte().numpy()
 
     what = "first three principal components as colours"
+    dense = observations[0].dense
+    patches, cells = (" × ".join(map(str, x.shape[:2])) for x in (dense, x_v[0]))
     parts = [
-        tile(colours(observations[0].dense), f"MaskCLIP's features, {what}", "MaskCLIP, 8 × 8"),
-        at([tile(colours(x), f"x^v, {what}", "x<sup>v</sup>, 48 × 48") for x in x_v]),
+        tile(colours(dense), f"MaskCLIP's features, {what}", f"MaskCLIP, {patches}"),
+        at([tile(colours(x), f"x^v, {what}", f"x<sup>v</sup>, {cells}") for x in x_v]),
     ]
     for j, noun in enumerate(pairs.drawn[0]):
         frozen = [heat(o.dense @ o.n[j, 0], -0.1, 0.8) for o in observations]
