@@ -83,12 +83,15 @@ def _load_shapes_clip() -> open_clip.CLIP:
     clip = open_clip.CLIP(**SHAPES_ARCHITECTURE)
     if not SHAPES_WEIGHTS.exists():
         raise UserError(f"{SHAPES_WEIGHTS} is missing: `python -m experiments.pretrain` makes it")
-    stored = torch.load(SHAPES_WEIGHTS, weights_only=True)
-    state = {name: value.float() for name, value in stored["state"].items()}
-    # Only the rows of tokens that the shapes world and CLIP's templates use are stored.
-    table = torch.zeros_like(clip.token_embedding.weight)
-    table[stored["tokens"]] = state["token_embedding.weight"]
-    clip.load_state_dict(state | {"token_embedding.weight": table})
+    try:
+        stored = torch.load(SHAPES_WEIGHTS, weights_only=True)
+        state = {name: value.float() for name, value in stored["state"].items()}
+        # Only the rows of tokens that the shapes world and CLIP's templates use are stored.
+        table = torch.zeros_like(clip.token_embedding.weight)
+        table[stored["tokens"]] = state["token_embedding.weight"]
+        clip.load_state_dict(state | {"token_embedding.weight": table})
+    except Exception as error:  # of another program, another architecture, or damaged
+        raise UserError(f"{SHAPES_WEIGHTS} is not the shapes world's CLIP of now") from error
     return clip
 
 
@@ -145,13 +148,13 @@ def transformer_block(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v of every head: (B, heads, N, d). On a CPU in float32 even under
-    autocast, since its bfloat16 kernel is several times as slow."""
-    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    """softmax(q k^T / sqrt(d)) v of every head: (B, heads, N, d). bfloat16 is computed in float32
+    on a CPU, whose bfloat16 kernel is several times as slow."""
+    dtype, slow = q.dtype, q.device.type == "cpu" and q.dtype == torch.bfloat16
     if slow:
         q, k, v = q.float(), k.float(), v.float()
     with torch.autocast("cpu", enabled=False) if slow else contextlib.nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).to(dtype)
 
 
 def heads(block: ResidualAttentionBlock, x: Tensor) -> Tensor:

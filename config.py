@@ -242,7 +242,6 @@ MASK_PRESETS = {
         stride=96,
         pamr_dilations=(1, 2, 4, 8),
         prior_scale=15.0,
-        prior_bias=0.25,
     ),
 }
 
@@ -263,7 +262,7 @@ def parse(description: str, *configs: type, presets: dict[str, dict] | None = No
     names = [f.name for config in configs for f in fields(config)]
     chooser = "preset" if "preset" in names else "dataset"
     for config in configs:
-        group = parser.add_argument_group(config.__doc__.splitlines()[0])
+        group = parser.add_argument_group(config.__doc__.splitlines()[0].rstrip("."))
         for f in fields(config):
             _add_option(group, f)
     arguments = vars(parser.parse_intermixed_args())

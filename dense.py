@@ -31,8 +31,8 @@ def sclip(block: ResidualAttentionBlock, x: Tensor, grid: tuple[int, int]) -> Te
     """A = softmax(s q q^T) + softmax(s k k^T), s = 1 / sqrt(d); residual and MLP kept (SCLIP, Wang
     et al., ECCV 2024)."""
     q, k, v = heads(block, x)
-    attend = F.scaled_dot_product_attention
-    x = x + merged(block, attend(q, q, v) + attend(k, k, v))
+    attention = F.scaled_dot_product_attention
+    x = x + merged(block, attention(q, q, v) + attention(k, k, v))
     return x + block.mlp(block.ln_2(x))
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from checkpoints import load_method
-from config import MASK_PRESETS, EvalConfig, MaskConfig, TrainConfig, parse, run
+from config import MASK_PRESETS, EvalConfig, MaskConfig, TrainConfig, UserError, parse, run
 from datasets import IGNORED, THESIS_DATASETS, Benchmark, load_benchmark, read_ahead
 from datasets.predictions import check_predictions, folder_of, read_prediction
 from datasets.protocols import completed, described, with_words
@@ -144,6 +144,8 @@ def main() -> None:
     if not config.predictions:
         with first_process_first():  # which fetches CLIP's weights
             clip, model = load_method(completed(settings), device)
+    if model and model.config.clip == "shapes" and names != ["shapes"]:
+        raise UserError(f"{settings.checkpoint}: of the shapes world, see --dataset shapes")
     results = []
     for benchmark in benchmarks:
         segmenter = make_segmenter(clip, model, benchmark, settings) if clip else None
@@ -154,9 +156,8 @@ def main() -> None:
         content = results[0]
         if config.dataset == "all":
             print(table_4_1(results))
-            average = float(np.mean([result["mIoU"] for result in results]))
-            partial = any(result["partial"] for result in results)
-            content = {"average": average, "partial": partial, "datasets": results}
+            content = {"average": float(np.mean([result["mIoU"] for result in results]))}
+            content |= {"partial": any(r["partial"] for r in results), "datasets": results}
         if config.json:
             save_text(json.dumps(content, indent=1), config.json)
     stop_processes()

@@ -93,12 +93,13 @@ def images_and_words(inputs: Sequence[str]) -> tuple[list[Path], list[str]]:
             images += found
         elif os.path.isfile(given):
             images.append(path)
-        elif path.suffix.lower() in IMAGE_SUFFIXES:
-            raise UserError(f"{given}: no such image")
+        elif path.suffix.lower() in IMAGE_SUFFIXES or given.endswith("/"):
+            raise UserError(f"{given}: no such image or folder")
         else:
             words.append(" ".join(given.split()))
     if not images:
-        raise UserError("no image given: name images or folders, then the words to look for")
+        missing = f" ({', '.join(words)}: no such file)" if words else ""
+        raise UserError(f"no image given{missing}: name images or folders, then the words")
     distinct: dict[str, str] = {}
     for word in words:
         distinct.setdefault(word.lower(), word)  # CLIP reads lower case
@@ -173,6 +174,7 @@ def segmenter_for(words: Sequence[str], settings: MaskConfig, preset: str) -> Se
     of_shapes = clip.text_projection.shape[0] == SHAPES_ARCHITECTURE["embed_dim"]
     if of_shapes != (preset == "shapes"):
         change = "add --preset shapes" if of_shapes else "leave --preset shapes out"
+        change += ' (from Python: preset="shapes")'
         raise UserError(f"this CLIP is {'' if of_shapes else 'not '}the shapes world's: {change}")
     return Segmenter(clip, model, words, settings)
 

@@ -22,7 +22,10 @@ def load_method(config: MaskConfig, device: torch.device) -> tuple[open_clip.CLI
         raise UserError(f"--prior {config.prior}: not one of {', '.join(DENSE)}")
     if config.checkpoint is None:
         if config.method == "code":
-            raise UserError("--method code needs --checkpoint FILE (train.py writes one)")
+            raise UserError(
+                "--method code needs --checkpoint FILE: one that train.py wrote, or the authors'; "
+                f"without any, --method {', '.join(DENSE)}"
+            )
         return load_clip(config.clip, config.clip_weights).to(device), None
     model = load_model(config.checkpoint, device)
     return model.clip, model if config.method == "code" else None

@@ -40,7 +40,7 @@ def model_content(model: CoDe) -> dict[str, Any]:
 
 
 def fingerprint(clip: open_clip.CLIP) -> int:
-    """A checksum of both projections: other weights under the same name have another one."""
+    """A checksum of both projections: weights of another training have another one."""
     weights = torch.cat([clip.visual.proj.flatten(), clip.text_projection.flatten()])
     return zlib.crc32(weights.detach().cpu().numpy().tobytes())
 
@@ -63,7 +63,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         except pickle.UnpicklingError:  # it names things beyond tensors, as the released files do
             content = {"model": read_tensors(path)}
     except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint (train.py writes one)") from None
+        raise UserError(f"{path}: no such checkpoint; train.py writes one") from None
     except Exception as error:  # torch, zipfile and pickle raise many kinds for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is not a readable checkpoint ({reason})") from error

@@ -31,8 +31,7 @@ COLOURS = {
 }
 PATTERNS = ("striped", "spotted", "shiny")
 SMALL, LARGE = ("small", "tiny"), ("big", "large", "huge")
-
-
+ADJECTIVES = (*COLOURS, *PATTERNS, *SMALL, *LARGE)
 NOUNS = tuple(OBJECTS) + tuple(SURFACES)
 CLASS_NAMES = ("background", *OBJECTS)  # label 0 is any surface
 
@@ -76,7 +75,7 @@ def _shade(colour: np.ndarray, tone: np.ndarray) -> np.ndarray:
 
 
 def _erode(inside: np.ndarray, reach: int) -> np.ndarray:
-    """What of a silhouette (h, w) is farther than `reach` samples from its outside."""
+    """What of a silhouette (h, w) has its four neighbours at `reach` samples inside as well."""
     padded = np.pad(inside, reach)
     shifts = [(reach, 0), (-reach, 0), (0, reach), (0, -reach)]
     for dy, dx in shifts:
@@ -105,7 +104,7 @@ def _paint(image: np.ndarray, label: np.ndarray, thing: Thing) -> None:
         colour = np.where(spots[..., None], second, colour)
     elif thing.pattern == "shiny":
         tone = tone + 0.9 * np.exp(-9 * ((u - 0.3) ** 2 + (v + 0.35) ** 2))
-    tone = np.where(_erode(inside, max(1, n * side // SIDE)), tone, -0.7)
+    tone = np.where(_erode(inside, n * side // SIDE), tone, -0.7)
     paint = _shade(colour, tone) * inside[..., None]
     paint, coverage = (
         sum(fine[i::n, j::n].astype(np.float32) for i in range(n) for j in range(n)) / n**2
@@ -117,7 +116,7 @@ def _paint(image: np.ndarray, label: np.ndarray, thing: Thing) -> None:
 
 
 def _place(rng: np.random.Generator, nouns: list[str]) -> list[Thing]:
-    """Scatter things so that they touch and overlap, but none hides most of another."""
+    """Scatter things so that they touch and overlap, but hardly ever hide most of one."""
     things: list[Thing] = []
     for noun in nouns:
         radius = rng.uniform(0.16, 0.36 if len(nouns) < 3 else 0.27)
@@ -165,7 +164,7 @@ def describe(
 ) -> str:
     """A noun phrase that is true of a thing: "a striped red kite", "the big yellow bug".
 
-    coloured: how often it names the colour.
+    coloured: how often it names the colour, as a share.
     """
     words = []
     if rng.random() < coloured:
@@ -186,7 +185,11 @@ def caption_of(
     surfaces: Sequence[str],
     coloured: float = 0.9,
 ) -> str:
-    """A sentence about the scene, from many templates with varying word order."""
+    """A sentence about the scene, from many templates with varying word order.
+
+    As in captions of the web not all of it is exact: of two surfaces it may name the lower one
+    alone, on whichever the objects are. coloured: how often at least a colour is named.
+    """
     things = [things[i] for i in rng.permutation(len(things))]
     phrases = [describe(rng, thing, coloured=coloured) for thing in things]
     first, ground = things[0], ("the " if rng.random() < 0.6 else "") + surfaces[0]

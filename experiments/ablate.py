@@ -24,11 +24,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from checkpoints.ours import read_checkpoint
-from config import TRAIN_PRESETS, UserError, option, parse, run
+from checkpoints.ours import fingerprint, read_checkpoint
+from clip import load_clip
+from config import MASK_PRESETS, TRAIN_PRESETS, UserError, option, parse, run
 from datasets import load_benchmark, shapes
 from experiments.measure import (
     THRESHOLDS,
+    mean_and_deviation,
     mean_ious,
     segmenter_of,
     true_mask_accuracy,
@@ -133,9 +135,11 @@ def run_folder(name: str, seed: int, config: AblateConfig) -> Path:
 
 
 def what_was_asked(name: str, config: AblateConfig) -> dict:
-    """What metrics depend on besides the seed; kept with them."""
-    asked = {"options": list(ROWS[name].options), "steps": planned_steps(config)}
-    return {"asked": asked, "scenes": config.scenes}
+    """What metrics depend on besides the seed, as JSON reads it back; kept with them."""
+    asked = {"options": ROWS[name].options, "steps": planned_steps(config)}
+    asked["presets"] = [TRAIN_PRESETS["shapes"], MASK_PRESETS["shapes"]]
+    asked |= {"clip": fingerprint(load_clip("shapes")), "scenes": config.scenes}
+    return json.loads(json.dumps(asked))
 
 
 def training_seconds(folder: Path) -> float:
@@ -155,7 +159,7 @@ def run_once(name: str, seed: int, config: AblateConfig) -> None:
     metrics["true_masks"] = true_mask_accuracy(segmenter.model, config.scenes)
     if segmenter.model.decomposes_text:
         metrics["words"] = word_assignment_accuracy(segmenter.model, config.scenes)
-    metrics |= {"seconds": training_seconds(folder)} | what_was_asked(name, config)
+    metrics |= {"seconds": training_seconds(folder), "asked": what_was_asked(name, config)}
     save_text(json.dumps(metrics, indent=1), folder / "metrics.json")
 
 
@@ -193,7 +197,7 @@ def finished(names: Sequence[str], config: AblateConfig) -> dict[str, list[dict]
             path = run_folder(name, seed, config) / "metrics.json"
             if path.exists():
                 metrics = json.loads(path.read_text())
-                if {key: metrics[key] for key in asked} != asked:
+                if metrics["asked"] != asked:
                     raise UserError(
                         f"{path}: of other options; remove its folder, or name another --out"
                     )
@@ -243,13 +247,11 @@ def table(names: Sequence[str], rows: dict[str, list[dict]]) -> list[str]:
             if kind in rows[name][0]:
                 means = (statistics.mean(f[kind][part] for f in rows[name]) for part in parts)
                 shares[kind] = " / ".join(f"{mean:.0f} %" for mean in means)
-        mean, deviation = spread(at[0.4])
-        best_mean, best_deviation = spread(at[best])
         thesis = ROWS[name].thesis
         cells = [
             ROWS[name].title,
-            f"{mean:.1f} ± {deviation:.1f}",
-            f"{best_mean:.1f} ± {best_deviation:.1f} ({best})",
+            mean_and_deviation(at[0.4]),
+            f"{mean_and_deviation(at[best])} ({best})",
             difference,
             shares.get("words", ""),
             shares.get("true_masks", ""),
@@ -311,6 +313,9 @@ def main() -> None:
     names = config.rows or tuple(ROWS)
     if unknown := [name for name in names if name not in ROWS]:
         raise UserError(f"--rows {unknown[0]}: not one of {', '.join(ROWS)}")
+    for given, values in (("--rows", names), ("--seeds", config.seeds)):
+        if len(set(values)) < len(values):
+            raise UserError(f"{given} {' '.join(map(str, values))}: one of them stands twice")
     finished(names, config)  # metrics of other options, before the hours
     run_all(names, config)
     rows, results = finished(names, config), Path(config.results)

@@ -4,10 +4,10 @@
     python -m experiments.bound --weights FILE        # another of the same architecture
 
 No method that learns from captions alone will do better with this segmenter on this CLIP, so this
-is measured before hours are spent on either. Everything is as in training (one learning rate for
-all, the copy of the last visual block included), but the loss is the binary cross-entropy of every
-class's mask, under the fixed embeddings of the class names. mIoU is that of held-out `val` scenes
-without the prior branch, each at the best of a few thresholds.
+is measured before hours are spent on either. The network and its start are those of training; the
+loss is the binary cross-entropy of every class's mask, under the fixed embeddings of the class
+names, and the optimizer AdamW at a constant rate for all of it, without augmentation. mIoU is that
+of held-out `val` scenes without the prior branch, each at the best of a few thresholds.
 """
 
 from dataclasses import dataclass, replace
@@ -35,11 +35,11 @@ class BoundConfig:
     """Training with true masks."""
 
     weights: str = option(str(SHAPES_WEIGHTS), "the CLIP, a file of experiments.pretrain")
-    steps: int = option(500, "optimizer steps of 16 scenes")
-    scenes: int = option(8000, "scenes of `train` to draw the batches from")
-    held_out: int = option(200, "scenes of `val` that are measured")
-    lr: float = option(2e-3, "AdamW's learning rate, constant")
-    seed: int = option(0, "of the batches and of the segmenter's start")
+    steps: int = option(500, "optimizer steps of 16 scenes", low=1)
+    scenes: int = option(8000, "scenes of `train` to draw the batches from", low=16)
+    held_out: int = option(200, "scenes of `val` that are measured", low=1)
+    lr: float = option(2e-3, "AdamW's learning rate, constant", low=0.0)
+    seed: int = option(0, "of the batches and of the segmenter's start", low=0)
 
 
 def class_masks(labels: np.ndarray, cells: int) -> Tensor:

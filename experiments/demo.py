@@ -41,9 +41,9 @@ class DemoConfig:
     """The demonstration."""
 
     out: str = option("out/demo", "folder for everything it writes")
-    steps: int | None = option(None, "training steps (default: the preset's)")
-    scenes: int = option(500, "held-out scenes that the metrics are measured on")
-    rows: int = option(8, "scenes shown in the sheet")
+    steps: int | None = option(None, "training steps (default: the preset's)", low=1)
+    scenes: int = option(500, "held-out scenes that the metrics are measured on", low=1)
+    rows: int = option(8, "scenes shown in the sheet", low=1)
 
 
 def caption_image(caption: str, colours: dict[str, tuple], side: int) -> Image.Image:
@@ -131,7 +131,7 @@ def train_both(out: Path, steps: int | None) -> None:
     alone = start_training(out / "alone", steps, "--no-co-decomposition", quiet=True)
     try:
         train_with_snapshots(out, steps)
-        message = alone.communicate()[1].strip().splitlines()
+        message = alone.communicate()[1].strip().splitlines() or ["no message"]
         if alone.returncode:
             raise UserError(f"training the image segmenter alone: {message[-1]}")
     finally:

@@ -64,18 +64,23 @@ def mean_ious(
     return {str(threshold): iou.mean() for threshold, iou in sums.items()}
 
 
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Of the seeds of a run, as it is printed; of one seed the mean alone."""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
 def nouns_of_words(words: Sequence[str]) -> list[str | None]:
     """The noun that each word of a shapes caption speaks of: itself, or an adjective's noun.
 
     Adjectives stand before their noun, or after "is" and then speak of the caption's first noun.
     """
-    adjectives = {*shapes.COLOURS, *shapes.PATTERNS, *shapes.SMALL, *shapes.LARGE}
     first = next((word for word in words if word in shapes.NOUNS), None)
     nouns: list[str | None] = []
     for i, word in enumerate(words):
         if word in shapes.NOUNS:
             nouns.append(word)
-        elif word not in adjectives:
+        elif word not in shapes.ADJECTIVES:
             nouns.append(None)
         elif words[i - 1] == "is":
             nouns.append(first)
@@ -178,9 +183,9 @@ def dense_accuracy(clip: open_clip.CLIP, split: str, count: int = 200) -> float:
     images = to_input(np.stack([s.image for s in scenes]))
     features = dense_embedding(clip, visual_hidden(clip, images), clip.visual.grid_size)
     found = (features @ texts.T).argmax(-1).numpy()
-    grid = clip.visual.grid_size[0]
-    labels = np.stack([s.label for s in scenes]).reshape(count, grid, 8, grid, 8).swapaxes(2, 3)
-    labels = labels.reshape(count, grid**2, 64)  # scene, patch, pixel
+    grid, patch = clip.visual.grid_size[0], clip.visual.patch_size[0]
+    labels = np.stack([s.label for s in scenes]).reshape(count, grid, patch, grid, patch)
+    labels = labels.swapaxes(2, 3).reshape(count, grid**2, patch**2)  # scene, patch, pixel
     values = np.median(labels, axis=-1)
     sure = (labels == values[..., None]).mean(-1) > 0.6
     sure &= values > 0

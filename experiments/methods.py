@@ -16,7 +16,7 @@ import torch
 from config import UserError, option, parse, run
 from datasets.protocols import PROTOCOLS
 from dense import DENSE
-from experiments.measure import mean_ious, segmenter_of
+from experiments.measure import mean_and_deviation, mean_ious, segmenter_of
 from support.files import save_text
 
 # Of the background: of a mask under the thesis's protocol, of a probability under the other.
@@ -39,13 +39,7 @@ def cells(segmenters: Sequence, scenes: int) -> list[str]:
     found = [mean_ious(segmenter, scenes, thresholds) for segmenter in segmenters]
     best = max(map(str, thresholds), key=lambda t: statistics.mean(f[t] for f in found))
     at_own, at_best = ([metrics[t] for metrics in found] for t in (str(own), best))
-    return [spread(at_own), f"{spread(at_best)} ({best})"]
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean and, of several seeds, their standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
+    return [mean_and_deviation(at_own), f"{mean_and_deviation(at_best)} ({best})"]
 
 
 def row(title: str, checkpoints: Sequence[Path | None], scenes: int, **options) -> str:

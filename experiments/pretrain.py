@@ -2,8 +2,9 @@
 
     python -m experiments.pretrain            # writes datasets/shapes_clip.pt
 
-No class label and no mask is used. A CLIP of 400 million web pairs needs none of the help given
-here; one that sees 40,000 drawings on a laptop needs two kinds:
+No class label and no mask is used. Half of the drawings hold a single object, and close-ups of
+them are framed around it, as photographs are around their subject. A CLIP of 400 million web pairs
+needs none of the help given here; one that sees 40,000 drawings on a laptop needs two kinds:
 
 - A *word head* on the class token predicts which words the caption holds (and is thrown away at
   the end). A contrastive loss alone solves colours and surfaces and never starts on objects.
@@ -12,13 +13,14 @@ here; one that sees 40,000 drawings on a laptop needs two kinds:
   thrown away). Without it the transformer parks an object's identity in background patches.
 
 The dense value features that MaskCLIP reads are left to themselves, as in CLIPs of the web. At the
-end a new text tower is trained for the finished image tower, which takes two minutes: its long
-embeddings keep words and their places visible in the last hidden states, where the text segmenter
-looks for them.
+end a new text tower is trained for the finished image tower, which takes two minutes: it starts
+with long embeddings, which keep words and their places visible in the last hidden states, where
+the text segmenter looks for them. The whole residual stream is then scaled down.
 """
 
 import math
 import multiprocessing
+import sys
 import time
 from dataclasses import dataclass
 
@@ -48,24 +50,29 @@ from experiments.measure import (
     to_input,
     zero_shot_accuracy,
 )
+from losses import info_nce
+from support.files import refuse_folder
 
-ADJECTIVES = (*shapes.COLOURS, *shapes.PATTERNS, *shapes.SMALL, *shapes.LARGE)
-WORDS = (*shapes.NOUNS, *ADJECTIVES)  # what the word head predicts
+WORDS = (*shapes.NOUNS, *shapes.ADJECTIVES)  # what the word head predicts
 
 
 @dataclass
 class PretrainConfig:
     """The three stages; their images are drawn with repetition from the drawn scenes."""
 
-    scenes: int = option(40_000, "scenes drawn, half of them with a single object")
-    batch_size: int = option(64, "pairs in a step")
-    word_steps: int = option(1500, "stage 1: word head and mosaics, close-ups alone")
-    contrast_steps: int = option(3000, "stage 2: InfoNCE and word head on whole scenes, mosaics")
-    text_steps: int = option(1800, "stage 3: InfoNCE of a new text tower, the image tower fixed")
-    text_scenes: int = option(10_000, "scenes of stage 3")
+    scenes: int = option(40_000, "scenes drawn, half of them with a single object", low=2)
+    batch_size: int = option(64, "pairs in a step", low=1)
+    word_steps: int = option(1500, "stage 1: word head and mosaics, close-ups alone", low=0)
+    contrast_steps: int = option(
+        3000, "stage 2: InfoNCE and word head on whole scenes, mosaics", low=1
+    )
+    text_steps: int = option(
+        1800, "stage 3: InfoNCE of a new text tower, the image tower fixed", low=1
+    )
+    text_scenes: int = option(10_000, "scenes of stage 3", low=1)
     lr: float = option(1e-3, "peak learning rate; constant in stage 1, a cosine in 2 and in 3")
     weight_decay: float = option(0.05, "AdamW")
-    seed: int = option(0, "of weights and batches")
+    seed: int = option(0, "of weights and batches", low=0)
     out: str = option(str(SHAPES_WEIGHTS), "file to write")
 
 
@@ -74,10 +81,11 @@ def draw_scene(job: tuple[int, int | None]) -> shapes.Scene:
 
 
 def caption_for(rng: np.random.Generator, scene: shapes.Scene, coloured: float) -> str:
-    """A new caption of a scene; a single object is sometimes named by one of CLIP's templates.
+    """A new caption of a scene; a single object is sometimes named by one of CLIP's templates, six
+    of which hold an adjective of their own ("a photo of the large {}.").
 
-    coloured: how often an object's colour is named. Captions that always do are told apart by
-    colours, and the objects come late.
+    coloured: how often at least an object's colour is named. Captions that always do are told
+    apart by colours, and the objects come late.
     """
     if len(scene.things) == 1 and rng.random() < 0.4:
         phrase = shapes.describe(rng, scene.things[0], article=False, coloured=coloured)
@@ -92,7 +100,7 @@ def words_in(captions: list[str]) -> Tensor:
 
 
 def close_up(rng: np.random.Generator, scene: shapes.Scene) -> np.ndarray:
-    """A quarter of a single-object scene with the object in it: (SIDE / 2, SIDE / 2, 3)."""
+    """A quarter of a single-object scene, framed around the object: (SIDE / 2, SIDE / 2, 3)."""
     side = shapes.SIDE // 2
     middle = np.array([scene.things[0].y, scene.things[0].x]) * shapes.SIDE
     top, left = np.clip(middle - side / 2 + rng.uniform(-9, 9, 2), 0, side).astype(int)
@@ -132,11 +140,9 @@ class Helpers(nn.Module):
 
 
 def contrastive_loss(clip: open_clip.CLIP, images: Tensor, captions: list[str]) -> Tensor:
-    """CLIP's InfoNCE, both directions, of image embeddings (B, C) and their captions."""
+    """CLIP's InfoNCE, the sum of both directions, of image embeddings (B, C) and captions."""
     texts = embed_texts(clip, tokenize(captions))
-    scale = clip.logit_scale.exp().clamp(max=100)
-    logits, target = scale * images @ texts.T, torch.arange(len(images))
-    return F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
+    return 2 * info_nce(images, texts, clip.logit_scale.exp().clamp(max=100))
 
 
 def word_loss(
@@ -165,11 +171,13 @@ def mosaic_loss(
     return 20 * F.binary_cross_entropy_with_logits(logits, words_in(captions))
 
 
-def learning_rate(step: int, stages: tuple[int, int], peak: float) -> float:
-    """Constant after a short warm-up; a cosine to zero in the last stage."""
-    if step < stages[0]:
-        return peak * min(1, (step + 1) / 100)
-    return peak * (1 + math.cos(math.pi * (step - stages[0]) / stages[1])) / 2
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, step: int, constant: int, falling: int, peak: float
+) -> None:
+    """A short warm-up, `constant` steps at the peak, and `falling` ones along a cosine to zero."""
+    cosine = math.cos(math.pi * max(0, step - constant) / falling)
+    for group in optimizer.param_groups:
+        group["lr"] = peak * min(1, (step + 1) / 100) * (1 + cosine) / 2
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: PretrainConfig) -> torch.optim.AdamW:
@@ -191,7 +199,7 @@ def update(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], los
 @torch.no_grad()
 def lengthen_embeddings(clip: open_clip.CLIP) -> None:
     """Start the text tower with embeddings of words and positions several times as long as
-    open_clip's, the positions as sines and cosines (wavelengths of 2 to 200 words).
+    open_clip's, the positions as sines and cosines (wavelengths of 2 to 173 words).
 
     So its last hidden states still tell which word stands where: the text segmenter needs both.
     """
@@ -204,26 +212,23 @@ def lengthen_embeddings(clip: open_clip.CLIP) -> None:
 
 
 def with_new_text_tower(
-    clip: open_clip.CLIP, scenes: list[shapes.Scene], config: PretrainConfig
+    clip: open_clip.CLIP, scenes: list[shapes.Scene], drawn: np.ndarray, config: PretrainConfig
 ) -> open_clip.CLIP:
     """Stage 3: a new CLIP with this one's image tower, as it is stored, and a text tower that
-    learns to name its embeddings of the scenes."""
+    learns to name its embeddings of the scenes, whose images are `drawn` (N, H, W, 3)."""
     torch.manual_seed(config.seed)
     rng = np.random.default_rng((config.seed, 3))
     new = open_clip.CLIP(**SHAPES_ARCHITECTURE)
     lengthen_embeddings(new)
     new.visual.load_state_dict({k: v.half() for k, v in clip.visual.state_dict().items()})
     with torch.no_grad():
-        drawn = np.stack([scene.image for scene in scenes])
         parts = (drawn[i : i + 100] for i in range(0, len(drawn), 100))
         images = torch.cat([image_embedding(new, to_input(part)) for part in parts])
 
     parameters = [p for name, p in new.named_parameters() if not name.startswith("visual.")]
     optimizer = make_optimizer(parameters, config)
     for step in tqdm(range(config.text_steps), "text tower"):
-        cosine = (1 + math.cos(math.pi * step / config.text_steps)) / 2
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * min(1, (step + 1) / 100) * cosine
+        set_learning_rate(optimizer, step, 0, config.text_steps, config.lr)
         chosen = rng.choice(len(scenes), config.batch_size)
         captions = [caption_for(rng, scenes[i], coloured=0.9) for i in chosen]
         loss = contrastive_loss(new, images[chosen], captions)
@@ -259,6 +264,7 @@ def store(clip: open_clip.CLIP, scenes: list[shapes.Scene], path: str, made: str
 
 def main() -> None:
     (config,) = parse(__doc__, PretrainConfig)
+    refuse_folder(config.out)  # not after half an hour
     start = time.time()
     torch.set_num_threads(1)  # a network this small gains a quarter from a second one
     torch.manual_seed(config.seed)
@@ -275,15 +281,13 @@ def main() -> None:
     parameters = [p for p in clip.parameters() if p.requires_grad] + list(helpers.parameters())
     optimizer = make_optimizer(parameters, config)
 
-    stages = (config.word_steps, config.contrast_steps)
-    bar = tqdm(range(sum(stages)), "pretraining")
+    bar = tqdm(range(config.word_steps + config.contrast_steps), "pretraining")
     for step in bar:
-        contrast = step >= stages[0]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, stages, config.lr)
+        contrast = step >= config.word_steps
+        set_learning_rate(optimizer, step, config.word_steps, config.contrast_steps, config.lr)
 
         whole = contrast and step % 2 == 0
-        count = config.batch_size if whole or step % 2 == 0 else 4 * config.batch_size
+        count = config.batch_size if step % 2 == 0 else 4 * config.batch_size
         chosen = rng.choice(config.scenes if whole else single, count)
         captions = [caption_for(rng, scenes[i], coloured=0.6) for i in chosen]
         if whole:
@@ -307,9 +311,11 @@ def main() -> None:
             metrics += f", {dense_accuracy(clip, 'val'):.1f} % dense"
             bar.write(f"step {step + 1}: {metrics}, {time.time() - start:.0f} s")
 
-    clip = with_new_text_tower(clip, scenes[: config.text_scenes], config)
+    n = config.text_scenes
+    clip = with_new_text_tower(clip, scenes[:n], images[:n], config)
     shorten_text_states(clip, 0.25)
-    made = f"python -m experiments.pretrain --seed {config.seed}: {time.time() - start:.0f} s"
+    made = " ".join(["python -m experiments.pretrain", *sys.argv[1:]])
+    made += f": {time.time() - start:.0f} s"
     store(clip, scenes, config.out, made)
     print(
         f"test split: {zero_shot_accuracy(clip, 'test'):.1f} % of the objects, "

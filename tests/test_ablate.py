@@ -9,14 +9,26 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, model_config
 from PIL import Image
 
 from checkpoints.ours import read_checkpoint
-from config import LossConfig, ModelConfig, TrainConfig, parse
+from clip import (
+    PRIOR_TEMPLATES,
+    image_embedding,
+    load_clip,
+    template_embedding,
+    text_embedding,
+    tokenize,
+)
+from config import TRAIN_PRESETS, LossConfig, ModelConfig, TrainConfig, parse
+from datasets import shapes
 from experiments.ablate import ROWS, TABLES, main, spread, table, verdict
-from experiments.measure import nouns_of_words, segmenter_of, true_mask_accuracy
+from experiments.measure import nouns_of_words, segmenter_of, to_input, true_mask_accuracy
+from model import CoDe
 
 pytestmark = pytest.mark.slow
 
@@ -60,6 +72,35 @@ def test_which_noun_a_word_speaks_of():
     assert nouns_of_words(words) == [None, "bug", "bug", "bug", None, "sand"]
 
 
+@torch.no_grad()
+def test_true_regions_and_words_stand_among_the_prompts():
+    """Every highlight put together pixel by pixel and word by word."""
+    clip, names = load_clip("shapes"), list(shapes.OBJECTS)
+    model = CoDe(clip, model_config())
+    model.region_prompt.normal_(std=0.3)
+    model.word_prompt[6:8] = clip.token_embedding(tokenize(["kite"]))[0, 1]  # misleads some
+    texts = template_embedding(clip, names, PRIOR_TEMPLATES)
+    right = {"regions": [], "words": []}
+    for i in range(6):
+        scene = shapes.scene("test", i)
+        x, words = to_input(scene.image[None])[0], scene.caption.replace(",", "").split()
+        tokens = tokenize([" ".join(words)])
+        for thing in scene.things:
+            picture, rows = model.region_prompt.clone(), model.word_prompt.clone()
+            for y, x0 in np.argwhere(scene.label == 1 + names.index(thing.noun)):
+                picture[:, y, x0] = x[:, y, x0]
+            kept = [k + 1 for k, n in enumerate(nouns_of_words(words)) if n == thing.noun]
+            for k in (0, *kept, len(words) + 1):  # SOS and EOT stay as well
+                rows[k] = clip.token_embedding(tokens)[0, k]
+            e_v = image_embedding(clip, picture[None])
+            e_t = text_embedding(clip, rows[None], torch.tensor([len(words) + 1]))
+            for kind, e in (("regions", e_v), ("words", e_t)):
+                right[kind].append(names[(e @ texts.T).argmax()] == thing.noun)
+    want = {kind: 100 * np.mean(values) for kind, values in right.items()}
+    assert 0 < want["words"] < 100 and 0 < want["regions"] < 100
+    assert true_mask_accuracy(model, 6) == pytest.approx(want)
+
+
 def ablate(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     command = [*ABLATE, "--out", str(folder), "--results", str(folder / "r")]
     command += ["--steps", "3", "--scenes", "3", *arguments]
@@ -67,7 +108,7 @@ def ablate(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
-def test_it_trains_measures_draws_and_skips_what_is_done(tmp_path, mistake):
+def test_it_trains_measures_draws_and_skips_what_is_done(tmp_path, mistake, monkeypatch):
     """Real runs of three steps; slow because each is a process of its own."""
     done = ablate(tmp_path, "--rows", "baseline", "cwr", "--seeds", "0")
     assert done.returncode == 0, done.stderr
@@ -76,8 +117,8 @@ def test_it_trains_measures_draws_and_skips_what_is_done(tmp_path, mistake):
     found = json.loads((tmp_path / "cwr" / "0" / "metrics.json").read_text())
     assert found["mIoU"]["0.4"] >= 0 and set(found["words"]) == {"nouns", "adjectives"}
     model = segmenter_of(tmp_path / "cwr" / "0" / "last.pt").model
-    assert found["true_masks"] == true_mask_accuracy(model, 3)
-    assert f"| + C + W + R (CoDe) | {found['mIoU']['0.4']:.1f} ± nan |" in text
+    assert found["true_masks"] == true_mask_accuracy(model, 3)  # see the test above
+    assert f"| + C + W + R (CoDe) | {found['mIoU']['0.4']:.1f} |" in text  # one seed: no "±"
     assert "29.8" in text and "not measured here" in text
     assert "table 4.2" in text and "table 4.3" not in text  # of which only CoDe was trained
     with Image.open(tmp_path / "r" / "ablation.png") as sheet:
@@ -91,6 +132,13 @@ def test_it_trains_measures_draws_and_skips_what_is_done(tmp_path, mistake):
     options = ("--rows", "baseline", "--seeds", "0", "--out", tmp_path)
     assert "of other options" in mistake(main, *options, "--steps", "3", "--scenes", "4")
     assert "of other options" in mistake(main, *options, "--scenes", "3")  # the preset's steps
+    monkeypatch.setitem(TRAIN_PRESETS["shapes"], "lr", 1.0)  # an edit of the preset
+    options = (*options, "--steps", "3", "--scenes", "3")
+    assert "of other options" in mistake(main, *options)
+    monkeypatch.undo()
+    monkeypatch.setattr("experiments.ablate.fingerprint", lambda clip: 1)  # another CLIP
+    assert "of other options" in mistake(main, *options)
+    monkeypatch.undo()
     options = ("--rows", "cwr", "--seeds", "1", "0", "--out", tmp_path)  # one of them is done
     assert "of other options" in mistake(main, *options, "--steps", "4", "--scenes", "3")
 
@@ -112,8 +160,10 @@ def test_it_can_be_stopped_and_given_again(tmp_path):
     assert "| + C |" in (tmp_path / "r" / "ablation.md").read_text()
 
 
-def test_an_unknown_row_is_one_line(mistake):
+def test_rows_and_seeds_are_checked(mistake):
     assert "--rows cd: not one of baseline, c," in mistake(main, "--rows", "cd")
+    assert "--rows c c: one of them stands twice" in mistake(main, "--rows", "c", "c")
+    assert "--seeds 0 0: one of them stands twice" in mistake(main, "--seeds", "0", "0")
 
 
 @pytest.mark.parametrize("row", ROWS)

@@ -139,6 +139,11 @@ def test_all_methods_under_both_protocols(method, protocol, checkpoint, tmp_path
         assert voc["window"] == cityscapes["short_side"] == 448
 
 
+def test_a_checkpoint_of_the_shapes_world_is_refused(world, mistake):
+    arguments = ("--dataset", "voc", "--root", str(RAW), "--checkpoint", str(world / "code.pt"))
+    assert "code.pt: of the shapes world, see --dataset shapes" in mistake(main, *arguments)
+
+
 def test_torchrun_gives_the_same_metrics(checkpoint, all_six, tmp_path):
     done = run(
         *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "evaluate.py"),

@@ -8,14 +8,15 @@ import pytest
 
 from datasets.protocols import PROTOCOLS
 from dense import DENSE
-from experiments.measure import mean_ious, segmenter_of
-from experiments.methods import main, spread
+from experiments.measure import mean_and_deviation, mean_ious, segmenter_of
+from experiments.methods import main
 
 pytestmark = pytest.mark.slow
 
 
-def test_spread():
-    assert spread([1.0, 2.0, 3.0]) == "2.0 ± 1.0" and spread([2.04]) == "2.0"
+def test_mean_and_deviation():
+    assert mean_and_deviation([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
+    assert mean_and_deviation([2.04]) == "2.0"
 
 
 def test_the_table_holds_what_is_measured(world, tmp_path, monkeypatch):

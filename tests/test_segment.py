@@ -26,7 +26,7 @@ from segment import (
     shares,
     word_masks,
 )
-from segmenter import Segmenter
+from segmenter import Segmenter, arg_max
 from support.draw import heat
 from support.page import page_item
 
@@ -50,7 +50,8 @@ def test_words_in_an_image(world):
     assert np.array_equal(labels, want) and set(np.unique(want)) == {0, 1, 2}
     found = json.loads((world / "s.json").read_text())["scene.png"]
     assert found["bug"]["share"] == pytest.approx((want == 1).mean())
-    assert 0.3 < found["bug"]["score"] < 1
+    best, _ = arg_max(segmenter.scores(image), (96, 96))
+    assert found["bug"]["score"] == pytest.approx(best.numpy()[want == 1].mean(), abs=1e-6)
     for name in ("scene.overlay.png", "scene.score-1.png", "scene.score-2.png"):
         assert Image.open(out / name).width >= 96
     assert f"bug {100 * found['bug']['share']:.1f} %" in done.stdout
@@ -209,7 +210,9 @@ def test_any_mode_and_orientation_and_a_bad_one_between_them(world, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((), "no image given"),
+        ((), "no image given: name"),
+        (("photo", "bug"), "no image given (photo, bug: no such file): name"),
+        (("photos/", "bug"), "photos/: no such image or folder"),
         (("scene.png",), "no words to look for"),
         (("missing.png", "bug"), "missing.png: no such image"),
         (("scene.png", " "), "query: an empty name in ''"),
