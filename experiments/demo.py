@@ -1,7 +1,7 @@
 """The built-in demonstration: train CoDe on the shapes world and see it beside its image segmenter
 alone and MaskCLIP.
 
-    python -m experiments.demo            # or `make demo`; five minutes on two cores, no download
+    python -m experiments.demo            # or `make demo`; four minutes on two cores, no download
 
 Writes into --out: last.pt (the checkpoint), alone/ with that of the image segmenter alone,
 snapshots/ of the training for `make read`, sheet.png, metrics.json, metrics.md, scenes/ with some
