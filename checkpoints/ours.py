@@ -62,11 +62,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:  # it names things beyond tensors, as the released files do
             content = {"model": read_tensors(path)}
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; train.py writes one") from None
     except Exception as error:  # torch, zipfile and pickle raise many kinds for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a readable checkpoint ({reason})") from error
+        reason = getattr(error, "strerror", None) or "no file of torch.save, or a damaged one"
+        raise UserError(f"{path} is not a readable checkpoint: {reason}") from error
     known = isinstance(content, dict) and isinstance(content.get("model"), dict)
     if not known or not ("model_config" in content or is_released(content["model"])):
         raise UserError(f"{path}: neither a checkpoint of train.py nor a released one")

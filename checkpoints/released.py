@@ -102,14 +102,17 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors under "model" in a released file, without executing anything that it names."""
+    """The tensors under "model" in a released file, without executing anything that it names.
+
+    Raises UserError where there are none.
+    """
     reader = types.SimpleNamespace(
         __name__="tensors_only", Unpickler=_TensorUnpickler, load=None, loads=None
     )
     content = torch.load(path, map_location="cpu", pickle_module=reader, weights_only=False)
     state = content.get("model") if isinstance(content, dict) else None
     if not isinstance(state, dict):
-        raise ValueError("it holds no state under 'model'")
+        raise UserError(f"{path}: it holds no state under 'model'")
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
