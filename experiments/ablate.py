@@ -33,6 +33,7 @@ from experiments.measure import (
     mean_and_deviation,
     mean_ious,
     segmenter_of,
+    training_seconds,
     true_mask_accuracy,
     word_assignment_accuracy,
 )
@@ -67,6 +68,8 @@ class Row:
     thesis: float | None = None  # mIoU over six benchmarks
 
 
+CONTRASTS = ("--image-contrast", "0.1", "--region-contrast", "0.1")  # the thesis's
+
 ROWS = {
     "baseline": Row("image segmenter only", ("--no-co-decomposition",), None, 29.8),
     "c": Row("+ C", ("--no-word-prompt", "--no-region-prompt"), "baseline", 31.0),
@@ -80,6 +83,8 @@ ROWS = {
     "hcl_1.0": Row("λ_hcl = 1.0", ("--lambda-hcl", "1.0"), "cwr", 30.8),
     "nouns": Row("bare noun embeddings", ("--no-word-segments",), "cwr", 30.2),
     "release": Row("released pseudo-labels", ("--pseudo-labels", "release"), "cwr"),
+    "alone_0.1": Row("image segmenter only, at 0.1", ("--no-co-decomposition", *CONTRASTS), None),
+    "cwr_0.1": Row("CoDe, at 0.1", CONTRASTS, "alone_0.1"),
 }
 TABLES = {
     "The parts of the method (the thesis's table 4.2)": ("baseline", "c", "cw", "cr", "cwr"),
@@ -89,6 +94,7 @@ TABLES = {
     "What a region is aligned with (section 4.4), and the pseudo-labels of L_seg^t": (
         *("cwr", "nouns", "release"),
     ),
+    "The contrasts at the thesis's 0.1 (here: 0.5)": ("baseline", "cwr", "alone_0.1", "cwr_0.1"),
 }
 
 
@@ -140,14 +146,6 @@ def what_was_asked(name: str, config: AblateConfig) -> dict:
     asked["presets"] = [TRAIN_PRESETS["shapes"], MASK_PRESETS["shapes"]]
     asked |= {"clip": fingerprint(load_clip("shapes")), "scenes": config.scenes}
     return json.loads(json.dumps(asked))
-
-
-def training_seconds(folder: Path) -> float:
-    """From the log's median speed, so that interruptions do not count."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    settings = json.loads((folder / "config.json").read_text())["train"]
-    speed = statistics.median(line["pairs_per_second"] for line in lines)
-    return settings["steps"] * settings["batch_size"] / speed
 
 
 def run_once(name: str, seed: int, config: AblateConfig) -> None:
@@ -279,8 +277,8 @@ def report(rows: dict[str, list[dict]], maskclip: dict, config: AblateConfig) ->
         f"Without any training (MaskCLIP): {maskclip['0.4']:.1f}.",
     ]
     for title, names in TABLES.items():
-        # CoDe stands in every table; where it stands alone there is nothing to compare.
-        if any(name in rows for name in names if name != "cwr" or names == PARTS):
+        # Rows of the first table stand in others too, where they alone compare nothing.
+        if any(name in rows for name in names if name not in PARTS or names == PARTS):
             seeds = ", ".join(f"{len(rows[n])} of {ROWS[n].title}" for n in names if n in rows)
             lines += ["", f"## {title}", "", f"Seeds: {seeds}.", "", *table(names, rows)]
     lines += ["", "![Scenes, ground truth and what each row of the first table makes of them]"]

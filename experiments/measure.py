@@ -1,6 +1,7 @@
 """What the experiments measure on the shapes world: of a run its regions, words and prompts; of a
 CLIP what it knows of this world."""
 
+import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,6 +63,14 @@ def mean_ious(
             labels = with_background(best, index - segmenter.first_class, threshold)
             iou.add(labels.numpy(), benchmark.label(i))
     return {str(threshold): iou.mean() for threshold, iou in sums.items()}
+
+
+def training_seconds(folder: Path) -> float:
+    """Of a run's training, by its log's median speed: interruptions do not count."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    settings = json.loads((folder / "config.json").read_text())["train"]
+    speed = statistics.median(line["pairs_per_second"] for line in lines)
+    return settings["steps"] * settings["batch_size"] / speed
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:

@@ -167,16 +167,19 @@ def test_rows_and_seeds_are_checked(mistake):
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_every_row_is_a_command_line_that_train_takes(row):
-    sys.argv, before = ["train.py", *ROWS[row].options], sys.argv
-    try:
-        train, model, loss = parse("", TrainConfig, ModelConfig, LossConfig)
-    finally:
-        sys.argv = before
+def test_every_row_is_a_command_line_that_train_takes(row, monkeypatch):
+    def parsed(*options: str) -> tuple:
+        monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "shapes", *options])
+        return parse("", TrainConfig, ModelConfig, LossConfig, presets=TRAIN_PRESETS)
+
+    train, model, loss = parsed(*ROWS[row].options)
+    assert train == parsed()[0]
     changed = {"baseline": not model.co_decomposition, "nouns": not model.word_segments}
     changed |= {"c": not model.word_prompt and not model.region_prompt}
     changed |= {"cw": model.word_prompt and not model.region_prompt}
     changed |= {"cr": model.region_prompt and not model.word_prompt}
-    changed |= {"cwr": model == ModelConfig(), "release": loss.pseudo_labels == "release"}
+    changed |= {"cwr": (model, loss) == parsed()[1:], "release": loss.pseudo_labels == "release"}
+    contrasts = loss.image_contrast == loss.region_contrast == 0.1
+    changed |= {"alone_0.1": contrasts and not model.co_decomposition, "cwr_0.1": contrasts}
     changed |= {f"hcl_{value}": loss.lambda_hcl == value for value in (0.05, 0.1, 0.25, 0.75, 1.0)}
     assert changed[row]
