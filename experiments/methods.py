@@ -71,10 +71,6 @@ def main() -> None:
         "NACLIP's σ is five patches: at 14 to 21 patches a side, where it was chosen, a quarter to "
         "a third of the side. Here, at 12 patches a side, it is five twelfths of it, so that the "
         "nearness of patches hardly tells them apart.",
-        "",
-        "The built-in CLIP was pretrained to know in place what its tokens show (the mosaics of "
-        "`experiments/pretrain.py`). CLIPs of the web never were, which is what the later methods "
-        "mend: their gains are not to be expected here.",
     ]
     for protocol in PROTOCOLS:
         lines += ["", f"## The {protocol} protocol", ""]
