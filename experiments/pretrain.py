@@ -3,8 +3,9 @@
     python -m experiments.pretrain            # writes datasets/shapes_clip.pt
 
 No class label and no mask is used. Half of the drawings hold a single object, and close-ups of
-them are framed around it, as photographs are around their subject. A CLIP of 400 million web pairs
-needs none of the help given here; one that sees 40,000 drawings on a laptop needs two kinds:
+them are framed around it (the drawing program knows where it is), as photographs are around their
+subject. A CLIP of 400 million web pairs needs none of the help given here; one that sees 40,000
+drawings on a laptop needs two kinds:
 
 - A *word head* on the class token predicts which words the caption holds (and is thrown away at
   the end). A contrastive loss alone solves colours and surfaces and never starts on objects.
