@@ -150,11 +150,10 @@ def transformer_block(
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v of every head: (B, heads, N, d). bfloat16 is computed in float32
     on a CPU, whose bfloat16 kernel is several times as slow."""
-    dtype, slow = q.dtype, q.device.type == "cpu" and q.dtype == torch.bfloat16
-    if slow:
-        q, k, v = q.float(), k.float(), v.float()
-    with torch.autocast("cpu", enabled=False) if slow else contextlib.nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).to(dtype)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        with torch.autocast("cpu", enabled=False):
+            return attend(q.float(), k.float(), v.float(), mask).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def heads(block: ResidualAttentionBlock, x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import open_clip
 import torch
 from PIL import Image
 
@@ -140,11 +141,11 @@ def run_folder(name: str, seed: int, config: AblateConfig) -> Path:
     return Path(config.out) / name / str(seed)
 
 
-def what_was_asked(name: str, config: AblateConfig) -> dict:
+def what_was_asked(name: str, config: AblateConfig, clip: open_clip.CLIP) -> dict:
     """What metrics depend on besides the seed, as JSON reads it back; kept with them."""
     asked = {"options": ROWS[name].options, "steps": planned_steps(config)}
     asked["presets"] = [TRAIN_PRESETS["shapes"], MASK_PRESETS["shapes"]]
-    asked |= {"clip": fingerprint(load_clip("shapes")), "scenes": config.scenes}
+    asked |= {"clip": fingerprint(clip), "scenes": config.scenes}
     return json.loads(json.dumps(asked))
 
 
@@ -157,7 +158,8 @@ def run_once(name: str, seed: int, config: AblateConfig) -> None:
     metrics["true_masks"] = true_mask_accuracy(segmenter.model, config.scenes)
     if segmenter.model.decomposes_text:
         metrics["words"] = word_assignment_accuracy(segmenter.model, config.scenes)
-    metrics |= {"seconds": training_seconds(folder), "asked": what_was_asked(name, config)}
+    metrics["seconds"] = training_seconds(folder)
+    metrics["asked"] = what_was_asked(name, config, segmenter.model.clip)
     save_text(json.dumps(metrics, indent=1), folder / "metrics.json")
 
 
@@ -189,8 +191,9 @@ def run_all(names: Sequence[str], config: AblateConfig) -> None:
 def finished(names: Sequence[str], config: AblateConfig) -> dict[str, list[dict]]:
     """Metrics of every row that has all its seeds. Raises UserError for one of other options."""
     rows: dict[str, list[dict]] = {name: [] for name in names}
+    clip = load_clip("shapes")
     for name in names:
-        asked = what_was_asked(name, config)
+        asked = what_was_asked(name, config, clip)
         for seed in seeds_of(name, config):
             path = run_folder(name, seed, config) / "metrics.json"
             if path.exists():

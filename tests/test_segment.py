@@ -50,6 +50,7 @@ def test_words_in_an_image(world):
     assert np.array_equal(labels, want) and set(np.unique(want)) == {0, 1, 2}
     found = json.loads((world / "s.json").read_text())["scene.png"]
     assert found["bug"]["share"] == pytest.approx((want == 1).mean())
+    assert 0.3 < found["bug"]["score"] < 1
     best, _ = arg_max(segmenter.scores(image), (96, 96))
     assert found["bug"]["score"] == pytest.approx(best.numpy()[want == 1].mean(), abs=1e-6)
     for name in ("scene.overlay.png", "scene.score-1.png", "scene.score-2.png"):

@@ -66,7 +66,7 @@ def test_objects_may_hide_parts_of_each_other():
             alone = np.zeros((96, 96), np.uint8)
             shapes._paint(np.zeros((96, 96, 3), np.float32), alone, thing)
             left.append((scene.label == alone)[alone > 0].mean())
-    assert np.mean(np.array(left) < 0.98) > 0.1 and np.mean(np.array(left) > 0.5) > 0.98
+    assert min(left) > 0.4 and np.mean(np.array(left) < 0.98) > 0.1
 
 
 def test_the_caption_speaks_of_what_is_there():
