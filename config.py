@@ -94,7 +94,7 @@ class TrainConfig:
     preset: str = option("thesis", "named set of defaults: thesis, shapes")
     pairs: str | None = option(None, "folder of images with same-named .txt captions")
     shards: tuple[str, ...] = option(
-        ("data/gcc3m/gcc-train-{000000..000331}.tar", "data/gcc12m/cc-{000000..001242}.tar"),
+        ("data/cc3m-wds/*.tar", "data/cc12m-wds/*.tar"),
         "webdataset shards of pairs; braces and globs",
     )
     out: str = option("out/train", "folder for the checkpoint, the configuration and the log")
@@ -159,7 +159,11 @@ class MaskConfig:
         None, "words by commas; where one of them is the best, a pixel is background"
     )
     clip: str = option("ViT-B-16-quickgelu", "CLIP of a method without training")
-    clip_weights: str = option("openai", "its weights: open_clip tag, local file or 'none'")
+    clip_weights: str | None = option(
+        None,
+        "CLIP's weights: open_clip tag, local file or 'none'; default: where the checkpoint's were "
+        "in training, without a checkpoint 'openai'",
+    )
     device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
     precision: str = option("float32", "of the matrix products: float32, bfloat16 or float16")
     background: float | None = option(

@@ -22,7 +22,7 @@ from clip import IMAGE_MEAN, IMAGE_STD, IMAGENET_TEMPLATES, noun_prompts, tokeni
 from config import UserError
 from datasets import shapes
 from sources import BadSample, Folder, ShapesWorld, Shards
-from support.distributed import ignore_stop_signals
+from support.distributed import start_worker
 
 Tagger = Callable[[list[str]], list[tuple[str, str]]]
 Counts = collections.Counter[str]
@@ -231,5 +231,5 @@ def make_loader(stream: PairStream, workers: int, pin_memory: bool) -> DataLoade
         pin_memory=pin_memory,
         multiprocessing_context="fork" if workers else None,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=ignore_stop_signals,
+        worker_init_fn=start_worker,
     )

@@ -38,12 +38,21 @@ from evaluate import evaluate, make_segmenter
 from losses import code_losses, pseudo_labels, region_statistics, word_statistics
 from model import CoDe, Decomposition
 from sources import open_source
-from support.device import autocast, choose_device, choose_precision, make_scaler
+from support.device import (
+    autocast,
+    choose_device,
+    choose_precision,
+    enough_memory,
+    make_scaler,
+    update_scale,
+)
 from support.distributed import (
     all_gather,
     any_process,
+    end_workers,
     first_process_first,
     gather_triplets,
+    lost_processes,
     process_count,
     process_rank,
     start_processes,
@@ -177,7 +186,7 @@ def main() -> None:
 
     model = CoDe(clip, model_config).to(device)
     optimizer = make_optimizer(model, config)
-    scaler = make_scaler(device, scaled=precision == torch.float16)
+    scaler = make_scaler(device, precision)
     progress = Progress(data=zlib.crc32("\n".join(source.names).encode()))
     if config.resume:
         last = Path(config.out, "last.pt")
@@ -202,8 +211,17 @@ def main() -> None:
         configs = {name: asdict(value) for name, value in configs.items()}
         save_text(json.dumps(configs, indent=1), Path(config.out, "config.json"))
     loader = make_loader(stream, config.workers, pin_memory=device.type == "cuda")
-    amp = autocast(device, precision)
-    train(model, optimizer, scaler, amp, loader, progress, stopping, config, loss_config)
+    smaller = "a smaller --batch-size, or more processes that share it"
+    fewer = (
+        "often memory or shared memory ran out; fewer --workers need less, --workers 0 no shared "
+        f"memory; --resume goes on from {config.out}/last.pt if there is one"
+    )
+    parts = (model, optimizer, scaler, precision, loader, progress, stopping)
+    try:
+        with enough_memory(smaller), lost_processes(fewer):
+            train(*parts, config, loss_config)
+    finally:
+        end_workers()
     stop_processes()
 
 
@@ -211,7 +229,7 @@ def train(
     model: CoDe,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    amp: torch.autocast,
+    precision: torch.dtype,
     loader: DataLoader,
     progress: Progress,
     stopping: list[float],
@@ -223,6 +241,7 @@ def train(
     unfreeze_step = round(config.unfreeze * config.steps)
     grid = tuple(model.config.cells_per_patch * side for side in model.clip.visual.grid_size)
     learned = [p for name, p in model.named_parameters() if not name.startswith("clip.")]
+    amp = autocast(device, precision)
     log, ddp = Log(out, config, progress.step, writes=process_rank() == 0), None
     model.train()
 
@@ -230,7 +249,9 @@ def train(
         # Two phases: the copy of the last visual block joins in the second.
         if ddp is None or progress.step == unfreeze_step:
             model.image_segmenter.block.requires_grad_(progress.step >= unfreeze_step)
-            ddp = DistributedDataParallel(model) if process_count() > 1 else model
+            # CLIP's buffers are constant: nothing to broadcast.
+            several = process_count() > 1
+            ddp = DistributedDataParallel(model, broadcast_buffers=False) if several else model
         rate = learning_rate(progress.step, config)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -256,7 +277,7 @@ def train(
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(learned, config.max_grad_norm)
         scaler.step(optimizer)  # leaves the weights alone if a gradient is not finite
-        scaler.update()
+        update_scale(scaler, device, precision)
         log.record(terms, norm)
         progress.step += 1
 
@@ -265,14 +286,16 @@ def train(
             more = {"grad_norm": norm, "mask_area": decomposition.masks.mean()}
             more |= {f"{k}_temperature": 1 / scale for k, scale in model.logit_scales().items()}
             log.write(progress.step, rate, terms, more)
-        save_now = progress.step % config.checkpoint_every == 0 or last or stop
-        if config.eval_dataset and (progress.step % config.eval_every == 0 or last):
-            reached, save_now = evaluate_model(model, config), True
+        run_state = (model, optimizer, scaler, progress, config, loss_config)
+        evaluates = config.eval_dataset and (progress.step % config.eval_every == 0 or last)
+        if progress.step % config.checkpoint_every == 0 or last or stop or evaluates:
+            save_run(out / "last.pt", *run_state)
+        if evaluates:  # after saving: whatever happens in it, the steps are kept
+            reached = evaluate_model(model, config)
             if reached > progress.best and process_rank() == 0:
                 save_checkpoint(model_content(model) | {"mIoU": reached}, out / "best.pt")
             progress.best = max(progress.best, reached)
-        if save_now:
-            save_run(out / "last.pt", model, optimizer, scaler, progress, config, loss_config)
+            save_run(out / "last.pt", *run_state)
         if stop:
             break
     log.close()

@@ -26,6 +26,6 @@ def load_method(config: MaskConfig, device: torch.device) -> tuple[open_clip.CLI
                 "--method code needs --checkpoint FILE: one that train.py wrote, or the authors'; "
                 f"without any, --method {', '.join(DENSE)}"
             )
-        return load_clip(config.clip, config.clip_weights).to(device), None
-    model = load_model(config.checkpoint, device)
+        return load_clip(config.clip, config.clip_weights or "openai").to(device), None
+    model = load_model(config.checkpoint, device, config.clip_weights)
     return model.clip, model if config.method == "code" else None

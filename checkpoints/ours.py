@@ -1,5 +1,6 @@
 """Our checkpoints: plain tensors and values, written atomically, read without executing."""
 
+import io
 import os
 import pickle
 import zlib
@@ -21,8 +22,10 @@ from support.files import whole_file
 
 def save_checkpoint(content: dict[str, Any], path: str | Path) -> None:
     """torch.save by way of a temporary name, on the disk before it is renamed. Raises UserError."""
+    buffer = io.BytesIO()  # on a full disk torch's own writer would hide the reason
+    torch.save(content, buffer)
     with whole_file(path) as temporary, open(temporary, "wb") as file:
-        torch.save(content, file)
+        file.write(buffer.getbuffer())
         file.flush()
         os.fsync(file.fileno())
 
@@ -32,9 +35,12 @@ def model_content(model: CoDe) -> dict[str, Any]:
 
     CLIP's frozen weights are named, not stored; a checksum distinguishes others of the same name.
     """
+    config, weights = asdict(model.config), model.config.clip_weights
+    if os.path.isfile(weights):  # found from another working directory as well
+        config["clip_weights"] = os.path.abspath(weights)
     return {
         "model": model.learned_state(),
-        "model_config": asdict(model.config),
+        "model_config": config,
         "clip": fingerprint(model.clip),
     }
 
@@ -49,7 +55,10 @@ def check_clip(content: dict[str, Any], model: CoDe, path: str | Path) -> None:
     """Raises UserError where a checkpoint was trained with other weights than the model's CLIP."""
     if content.get("clip", fingerprint(model.clip)) != fingerprint(model.clip):
         weights = f"{model.config.clip} ({model.config.clip_weights})"
-        raise UserError(f"{path}: trained with other weights of CLIP than {weights} now has")
+        raise UserError(
+            f"{path}: trained with other weights of CLIP than {weights} now has; --clip-weights "
+            "names the file or the tag it was trained with"
+        )
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -75,18 +84,28 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def load_model(path: str | Path, device: torch.device) -> CoDe:
+def load_model(path: str | Path, device: torch.device, clip_weights: str | None = None) -> CoDe:
     """Rebuild a trained model in evaluation mode, from our checkpoint or a released one.
 
-    Raises UserError naming what does not fit.
+    clip_weights: where CLIP's weights are now, if not where they were in training; a released file
+    holds its own. Raises UserError naming what does not fit.
     """
     content = read_checkpoint(path)
     if is_released(content["model"]):
+        if clip_weights is not None:
+            raise UserError(f"--clip-weights {clip_weights}: {path} holds CLIP's weights itself")
         return rebuild_released(content["model"], path).to(device).eval()
     try:
         config = ModelConfig(**content["model_config"])
     except TypeError as error:  # a field that this version does not have
         raise UserError(f"{path} is of another version of this program ({error})") from None
+    if clip_weights is not None:
+        config.clip_weights = clip_weights
+    elif os.path.isabs(config.clip_weights) and not os.path.exists(config.clip_weights):
+        raise UserError(
+            f"{path} was trained with CLIP's weights in {config.clip_weights}, which is not there: "
+            "--clip-weights FILE names where it is now"
+        )
     model = CoDe(load_clip(config.clip, config.clip_weights), config)
     check_clip(content, model, path)
     load_learned(model, content["model"], path)
@@ -165,7 +184,7 @@ def resume_run(
         content.setdefault(now, content.get(before))
     free = ("out", "device", "workers", "log_every", "checkpoint_every", "resume", "timeout")
     free += ("tensorboard", "eval_dataset", "eval_root", "eval_every", "eval_limit")
-    free += ("pairs", "shards")  # may have moved
+    free += ("pairs", "shards", "clip_weights")  # may have moved
     given = {"train_config": config, "model_config": model.config, "loss_config": loss_config}
     differing = [
         f"{name} was {before}, is {value}"

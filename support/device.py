@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from config import UserError
-from support.distributed import local_rank
+from support.distributed import launched_processes, local_rank
 
 
 def choose_device(name: str) -> torch.device:
@@ -16,8 +16,15 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{local_rank()}"
+    elif name.startswith("cuda") and launched_processes() > 1:
+        raise UserError(
+            f"--device {name}: the {launched_processes()} processes would share one GPU; with "
+            "--device cuda every process has its own (CUDA_VISIBLE_DEVICES chooses which)"
+        )
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise UserError(f"--device {name}: only 'cpu' and 'cuda' are supported")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
@@ -41,12 +48,26 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, precision if half else None, enabled=half)
 
 
-def make_scaler(device: torch.device, scaled: bool) -> torch.amp.GradScaler:
-    """Loss scaling for float16. Elsewhere a scale that starts at 1 and never grows, for what else
-    the scaler does: an update with a gradient that is not finite is left out."""
-    if scaled:
-        return torch.amp.GradScaler(device.type)
-    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
+def make_scaler(device: torch.device, precision: torch.dtype) -> torch.amp.GradScaler:
+    """Loss scaling for float16. In every precision the scaler leaves out an update whose gradient
+    is not finite, without waiting for the GPU."""
+    start = 2.0**16 if precision == torch.float16 else 1.0
+    return torch.amp.GradScaler(device.type, init_scale=start, growth_interval=200)
+
+
+def update_scale(
+    scaler: torch.amp.GradScaler, device: torch.device, precision: torch.dtype
+) -> None:
+    """Choose the scale of the next step: 1, or in float16 what the gradients allow.
+
+    GradScaler halves its scale with every update that is left out. Batches that are bad at any
+    scale, scattered over a long run, would so wear it down to zero: it never goes below 1.
+    """
+    if precision == torch.float16:
+        scaler.update()
+        scaler.update(scaler.scale(torch.ones((), device=device)).clamp(min=1.0))
+    else:
+        scaler.update(1.0)
 
 
 @contextlib.contextmanager
@@ -58,3 +79,5 @@ def enough_memory(advice: str) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise UserError(f"out of memory: {advice}") from error
         raise
+    except MemoryError as error:
+        raise UserError(f"out of memory: {advice}") from error

@@ -1,9 +1,10 @@
 """Processes: torchrun's ranks, gathering with gradients, and signals that ask to stop."""
 
 import contextlib
-import multiprocessing
+import multiprocessing.queues
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -11,6 +12,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from config import UserError
 
 
 def start_processes(device: torch.device, timeout: int) -> None:
@@ -21,9 +24,20 @@ def start_processes(device: torch.device, timeout: int) -> None:
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:  # tensors on the CPU travel without waiting for the GPU
+    if "RANK" in os.environ:
+        for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise UserError(
+                    f"the variable RANK is set but {name} is not: start several processes with "
+                    "torchrun, or unset RANK"
+                )
+        # Tensors on the CPU travel without waiting for the GPU.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(minutes=timeout))
+        except (ValueError, RuntimeError) as error:  # an address in use, a process that is missing
+            reason = str(error).splitlines()[0]
+            raise UserError(f"the processes could not meet each other: {reason}") from error
 
 
 def stop_processes() -> None:
@@ -42,6 +56,11 @@ def process_count() -> int:
 def local_rank() -> int:
     """Which of the processes on this machine it is: torchrun's LOCAL_RANK."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def launched_processes() -> int:
+    """How many processes torchrun started, known before they have met."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def any_process(flag: bool) -> bool:
@@ -89,10 +108,45 @@ def stop_signals() -> list[float]:
     return received
 
 
-def ignore_stop_signals(worker: int = 0) -> None:
-    """For loader workers, which receive their process group's signals: the main process decides."""
+def start_worker(worker: int) -> None:
+    """What a loader worker does first.
+
+    It ignores the signals of its process group: the main process decides. And it ends if a batch
+    cannot be sent (no shared memory left); multiprocessing would print that, drop the batch and
+    leave the main process waiting for it.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+    def end(error: Exception, batch) -> None:
+        print(f"a data loading process could not send a batch: {error}", file=sys.stderr)
+        os._exit(1)
+
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end)
+
+
+@contextlib.contextmanager
+def lost_processes(advice: str) -> Iterator[None]:
+    """Turns what torch raises when a loader worker or another process of torchrun's has ended into
+    a UserError; advice: for a worker."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0] if str(error) else ""
+        if "DataLoader worker" in reason:
+            raise UserError(f"a data loading process ended ({reason}): {advice}") from error
+        if any(words in str(error) for words in ("by peer", "remote process exited")):
+            raise UserError("another process ended: its message says why") from error
+        raise
+
+
+def end_workers() -> None:
+    """Kill the loader workers that an error left behind. At exit multiprocessing would send them
+    SIGTERM, which they ignore, and wait for them for ever."""
+    if hasattr(signal, "SIGCHLD"):  # torch's handler would raise for every one of them
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 class _AllGather(torch.autograd.Function):

@@ -2,6 +2,9 @@
 
 import contextlib
 import os
+import stat
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,29 +15,61 @@ from config import UserError
 def whole_file(path: str | Path) -> Iterator[Path]:
     """A temporary name to write to, renamed to `path` at the end: never a half-written file.
 
-    Whatever goes wrong, the previous file stays and the temporary one goes. Raises UserError.
+    Whatever goes wrong, the previous file stays and the temporary one goes. A symbolic link stays
+    and its target is replaced; a device or a pipe receives the content. Raises UserError.
     """
     path = Path(path)
     refuse_folder(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
+        if takes_a_stream(path):
+            handle, name = tempfile.mkstemp()
+            os.close(handle)
+            temporary = Path(name)
+            yield temporary
+            send(temporary, path)
+        else:
+            target = Path(os.path.realpath(path))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # A long name cannot become longer.
+            temporary = target.with_name(f"{target.name[:40]}.{os.getpid()}.tmp")
+            yield temporary
+            os.replace(temporary, target)
     except OSError as error:
-        raise UserError(f"{path} could not be written ({error.strerror})") from error
+        raise UserError(f"{path} could not be written ({error.strerror or error})") from error
     finally:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+
+
+def takes_a_stream(path: Path) -> bool:
+    """Whether a path is a device, a pipe or a socket, or one of the names of open files, such as
+    /dev/stdout: these are written to, and never replaced by a file."""
+    if path.is_absolute() and path.parts[1:2] in (("dev",), ("proc",)):
+        return True
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def send(file: Path, stream: Path) -> None:
+    """Write the content of a file to a device or a pipe, after what was printed before."""
+    sys.stdout.flush()
+    with open(file, "rb") as content, open(stream, "ab", buffering=0) as opened:
+        while part := content.read(1 << 16):
+            while part:
+                part = part[opened.write(part) :]
 
 
 def refuse_folder(path: str | Path) -> None:
-    """Raises UserError for a folder where a file is to be written."""
-    if not Path(path).name or Path(path).is_dir():
+    """Raises UserError for a folder, or no name at all, where a file is to be written."""
+    if not Path(path).name or "\0" in str(path) or os.path.isdir(path):
         raise UserError(f"{path}: a folder, not a file to write")
 
 
 def save_text(text: str, path: str | Path) -> None:
-    """Write a text file with a newline at its end. Raises UserError."""
+    """Write a UTF-8 text file with a newline at its end. Raises UserError."""
     with whole_file(path) as temporary:
-        temporary.write_text(text + "\n")
+        temporary.write_text(text + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ those whose gradient was not finite.
 """
 
 import json
-import resource
+import math
 import sys
 import time
 from collections import Counter
@@ -35,10 +35,7 @@ class Log:
         self.path, self.config, self.writes = out / "log.jsonl", config, writes
         out.mkdir(parents=True, exist_ok=True)
         if writes and self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]  # not one cut off by a kill
-            kept = [line for line in whole if json.loads(line)["step"] <= step]
-            save_text("".join(kept).rstrip("\n"), self.path) if kept else self.path.unlink()
+            self.keep_lines_up_to(step)
         self.bar = tqdm(
             total=config.steps,
             initial=step,
@@ -58,6 +55,18 @@ class Log:
         self.recent: list[Tensor] = []  # loss terms and gradient norm of the steps since then
         self.left_out = self.left_out_in_a_row = 0  # updates whose gradient was not finite
         self.start, self.step = time.perf_counter(), step
+
+    def keep_lines_up_to(self, step: int) -> None:
+        """Drop what came after the checkpoint, and what is no line of a log: one cut off by a kill
+        or written by somebody else."""
+        kept = []
+        for line in self.path.read_text("utf-8", "replace").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                pass
+        save_text("\n".join(kept), self.path) if kept else self.path.unlink()
 
     def record(self, terms: dict[str, Tensor], norm: Tensor) -> None:
         """A step's loss terms and gradient norm, left on the device: reading them would wait for
@@ -91,7 +100,9 @@ class Log:
         self.check_finite(terms, step)
         seconds, steps = time.perf_counter() - self.start, step - self.step
         line = {"step": step, "lr": lr}
-        line |= {name: value.item() for name, value in (terms | more).items()}
+        values = {name: value.item() for name, value in (terms | more).items()}
+        # JSON has no word for what is not finite: the norm of an update that was left out.
+        line |= {name: v if math.isfinite(v) else None for name, v in values.items()}
         line |= {
             "pairs_per_second": steps * self.config.batch_size / seconds,
             "data_wait": self.waited / seconds,
@@ -100,11 +111,14 @@ class Log:
             "updates_left_out": self.left_out,
         }
         if self.writes:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:  # a full disk, a folder that has gone
+                raise UserError(f"{self.path} could not be written ({error.strerror})") from error
         if self.board:
             for name, value in line.items():
-                if name != "skipped":
+                if isinstance(value, int | float):
                     self.board.add_scalar(name, value, step)
         shown = {"loss": f"{line['total']:.3f}", "lr": f"{line['lr']:.1e}"}
         shown |= {"pairs/s": f"{line['pairs_per_second']:.0f}", "wait": f"{line['data_wait']:.0%}"}
@@ -119,9 +133,13 @@ class Log:
             self.board.close()
 
 
-def memory_mb(device: torch.device) -> float:
-    """Peak memory so far: the GPU's if there is one, otherwise this process's."""
+def memory_mb(device: torch.device) -> float | None:
+    """Peak memory so far: the GPU's if there is one, otherwise this process's. None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        import resource
+    except ImportError:
+        return None
     unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

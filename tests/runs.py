@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import ROOT
 
@@ -28,16 +29,26 @@ def start(*arguments: str) -> subprocess.Popen:
     )
 
 
-def kill_all(marker: str) -> None:
-    """SIGKILL every process whose command line holds a marker: torchrun's agent and its workers,
-    which are in sessions of their own."""
+def processes_of(marker: str) -> list[int]:
+    """The processes whose command line holds a marker: torchrun's agent, the processes that it
+    starts in sessions of their own, and their loaders' workers. Needs /proc."""
+    if not Path("/proc/self/cmdline").exists():
+        pytest.skip("needs /proc")
+    found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            words = (folder / "cmdline").read_bytes().decode().split("\0")
+            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
         if marker in words:
-            os.kill(int(folder.name), signal.SIGKILL)
+            found.append(int(folder.name))
+    return found
+
+
+def kill_all(marker: str) -> None:
+    """SIGKILL all of them."""
+    for pid in processes_of(marker):
+        os.kill(pid, signal.SIGKILL)
 
 
 def command(*arguments: str, processes: int = 1) -> list[str]:

@@ -10,10 +10,12 @@ from conftest import CPU, random_model, some_batch
 import train
 from checkpoints.ours import Progress, read_checkpoint
 from config import LossConfig, TrainConfig, UserError
-from support.device import autocast, make_scaler
+from support.device import make_scaler, update_scale
 
 
-def run_loop(out, steps: int, broken: set[int], monkeypatch, scaled: bool = False) -> list:
+def run_loop(
+    out, steps: int, broken: set[int], monkeypatch, precision: torch.dtype = torch.float32
+) -> list:
     """A real loop; in the broken steps the loss is finite and its gradient is not.
 
     Returns the weights of the mask's scale after every step.
@@ -33,16 +35,17 @@ def run_loop(out, steps: int, broken: set[int], monkeypatch, scaled: bool = Fals
 
     monkeypatch.setattr(train, "global_losses", with_broken_gradients)
     config = TrainConfig(out=str(out), steps=steps, batch_size=3, lr=1e-2, log_every=2, warmup=0.0)
-    optimizer, scaler = train.make_optimizer(model, config), make_scaler(CPU, scaled)
-    amp = autocast(CPU, torch.float32)
-    parts = (model, optimizer, scaler, amp, [batch] * steps, Progress(), [])
+    optimizer, scaler = train.make_optimizer(model, config), make_scaler(CPU, precision)
+    parts = (model, optimizer, scaler, precision, [batch] * steps, Progress(), [])
     train.train(*parts, config, LossConfig())
     return [*values, model.image_segmenter.mask_scale.item()]
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-def test_updates_without_a_finite_gradient_are_left_out_and_counted(tmp_path, monkeypatch, scaled):
-    values = run_loop(tmp_path, 8, {1, 2, 5}, monkeypatch, scaled)
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16])
+def test_updates_without_a_finite_gradient_are_left_out_and_counted(
+    tmp_path, monkeypatch, precision
+):
+    values = run_loop(tmp_path, 8, {1, 2, 5}, monkeypatch, precision)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["updates_left_out"] for line in lines] == [1, 2, 3, 3]
     moved = [a != b for a, b in zip(values, values[1:])]
@@ -62,9 +65,8 @@ def test_gradients_are_clipped_to_the_norm_that_is_asked_for(tmp_path):
     config = TrainConfig(
         out=str(tmp_path), steps=1, batch_size=3, max_grad_norm=0.01, unfreeze=0.0, warmup=0.0
     )
-    parts = (train.make_optimizer(model, config), make_scaler(CPU, False))
-    amp = autocast(CPU, torch.float32)
-    train.train(model, *parts, amp, [batch], Progress(), [], config, LossConfig())
+    parts = (train.make_optimizer(model, config), make_scaler(CPU, torch.float32))
+    train.train(model, *parts, torch.float32, [batch], Progress(), [], config, LossConfig())
     left = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     (line,) = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
     assert left.item() == pytest.approx(0.01, rel=1e-3) and line["grad_norm"] > 0.1
@@ -82,9 +84,8 @@ def test_the_second_phase_begins_at_its_step(tmp_path, monkeypatch):
     model = random_model()
     batch = replace(some_batch(model), position=(0, 0, 1))
     config = TrainConfig(out=str(tmp_path), steps=10, batch_size=3)
-    parts = (train.make_optimizer(model, config), make_scaler(CPU, False))
-    amp = autocast(CPU, torch.float32)
-    train.train(model, *parts, amp, [batch] * 10, Progress(), [], config, LossConfig())
+    parts = (train.make_optimizer(model, config), make_scaler(CPU, torch.float32))
+    train.train(model, *parts, torch.float32, [batch] * 10, Progress(), [], config, LossConfig())
     assert trains == [False] * 6 + [True] * 4
 
 
@@ -115,3 +116,56 @@ def test_the_optimizer_is_section_3_5s():
     assert all(name.endswith("weight") or name == "image_segmenter.proj" for name in decayed)
     assert "image_segmenter.upsampling.1.convs.0.weight" in decayed
     assert not any("norm" in name or "ln_" in name for name in decayed)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_thousand_scattered_bad_steps_do_not_wear_the_guard_out(precision):
+    """The update after them is the one of a fresh optimizer: the scale has not gone to zero."""
+
+    def updated(bad: int) -> torch.Tensor:
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 50))
+        optimizer = torch.optim.AdamW([weight], lr=1e-2, eps=1e-6)
+        scaler = make_scaler(CPU, precision)
+        for step in range(bad + 1):
+            # A gradient of 1e-4: in float16 a scale below 1e-3 would round it to zero.
+            loss = weight.to(precision).float().sum() * (float("inf") if step < bad else 1e-4)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            update_scale(scaler, CPU, precision)
+        return weight.detach()
+
+    assert torch.allclose(updated(1000), updated(0), atol=1e-6)
+    assert not torch.equal(updated(1000), torch.linspace(-1, 1, 50))
+
+
+def test_best_pt_is_the_best_evaluation_not_the_last_one(tmp_path, monkeypatch):
+    """Each evaluation comes after the checkpoint of its step: what it breaks loses no step."""
+    found, saved = iter([20.0, 30.0, 10.0]), []
+
+    def scripted(model, config) -> float:
+        saved.append(read_checkpoint(tmp_path / "last.pt")["step"])
+        return next(found)
+
+    monkeypatch.setattr(train, "evaluate_model", scripted)
+    model = random_model()
+    batch = replace(some_batch(model), position=(0, 0, 1))
+    config = TrainConfig(
+        out=str(tmp_path), steps=6, batch_size=3, lr=1e-2, eval_dataset="shapes", eval_every=2
+    )
+    weights = [model.learned_state()["context"].clone()]
+    record = train.Log.record
+
+    def remembered(*arguments):
+        record(*arguments)
+        weights.append(model.learned_state()["context"].clone())
+
+    monkeypatch.setattr(train.Log, "record", remembered)
+    parts = (train.make_optimizer(model, config), make_scaler(CPU, torch.float32), torch.float32)
+    train.train(model, *parts, [batch] * 6, Progress(), [], config, LossConfig())
+    best, last = (read_checkpoint(tmp_path / name) for name in ("best.pt", "last.pt"))
+    assert saved == [2, 4, 6]
+    assert best["mIoU"] == last["best"] == 30.0 and last["step"] == 6
+    assert torch.equal(best["model"]["context"], weights[4])
+    assert not torch.equal(best["model"]["context"], last["model"]["context"])

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoints.ours import Progress, read_checkpoint
 from config import LossConfig, TrainConfig
 from data import Batch
-from support.device import autocast, make_scaler
+from support.device import make_scaler
 from support.distributed import all_gather, gather_triplets, stop_processes
 from train import global_losses, logistic_noise, make_optimizer, train
 
@@ -109,9 +109,9 @@ def ten_steps(rank: int, processes: int, port: int, folder: str) -> None:
         batches.append(replace(batch, images=batch.images.double(), position=(rank, 0, seed)))
     out = f"{folder}/{processes}"
     config = TrainConfig(out=out, steps=10, batch_size=PAIRS, lr=1e-3, warmup=0.2)
-    optimizer, scaler = make_optimizer(model, config), make_scaler(CPU, scaled=False)
-    amp = autocast(CPU, torch.float32)
-    train(model, optimizer, scaler, amp, batches, Progress(), [], config, LossConfig())
+    optimizer, scaler = make_optimizer(model, config), make_scaler(CPU, torch.float32)
+    parts = (model, optimizer, scaler, torch.float32, batches, Progress(), [])
+    train(*parts, config, LossConfig())
     stop_processes()
 
 
