@@ -57,10 +57,16 @@ def takes_a_stream(path: Path) -> bool:
 def send(file: Path, stream: Path) -> None:
     """Write the content of a file to a device or a pipe, after what was printed before."""
     sys.stdout.flush()
-    with open(file, "rb") as content, open(stream, "ab", buffering=0) as opened:
+    target: str | int = os.fspath(stream)
+    for opened in (1, 2):  # /dev/stdout and its like: what is printed later comes after it
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(stream), os.fstat(opened)):
+                target = os.dup(opened)
+                break
+    with open(file, "rb") as content, open(target, "ab", buffering=0) as output:
         while part := content.read(1 << 16):
             while part:
-                part = part[opened.write(part) :]
+                part = part[output.write(part) :]
 
 
 def refuse_folder(path: str | Path) -> None:

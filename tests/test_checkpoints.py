@@ -6,16 +6,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from conftest import CPU, ROOT
 from runs import ENVIRONMENT, TINY, train
 
-from checkpoints.ours import load_model, model_content, read_checkpoint, save_checkpoint
+from checkpoints.ours import (
+    Progress,
+    load_model,
+    model_content,
+    read_checkpoint,
+    resume_run,
+    save_checkpoint,
+    save_run,
+)
 from clip import load_clip
-from config import MaskConfig, ModelConfig, UserError
+from config import LossConfig, MaskConfig, ModelConfig, TrainConfig, UserError
 from model import CoDe
+from segment import load_segmenter
 from segmenter import Segmenter
+from support.device import make_scaler
+from train import make_optimizer
 
 pytestmark = pytest.mark.slow
 
@@ -102,3 +114,55 @@ def test_evaluation_of_a_training_checkpoint(last):
     segmenter = Segmenter(model.clip, model, ["kite", "ball"], MaskConfig())
     assert segmenter.class_embedding.shape == (2, 64)
     assert segmenter.masks(torch.randn(1, 3, 64, 64)).shape == (1, 2, 64, 64)
+
+
+def clip_file(path: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    clip = open_clip.create_model("ViT-S-32-alt", pretrained=None)
+    torch.save(clip.state_dict(), path)
+    return path
+
+
+def test_a_checkpoint_follows_its_clip_wherever_the_file_is(tmp_path, monkeypatch):
+    """Trained with --clip-weights FILE: from another folder, and with the file elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    clip_file(tmp_path / "clip.pt", 0)
+    clip_file(tmp_path / "other.pt", 1)
+    config = ModelConfig(clip="ViT-S-32-alt", clip_weights="clip.pt", context_init="a")
+    save_checkpoint(model_content(CoDe(load_clip(config.clip, "clip.pt"), config)), "code.pt")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    before = load_model("../code.pt", CPU)
+
+    shutil.move(tmp_path / "clip.pt", "moved.pt")
+    with pytest.raises(UserError, match=r"clip\.pt, which is not there: --clip-weights FILE"):
+        load_model("../code.pt", CPU)
+    with pytest.raises(UserError, match="other weights of CLIP than ViT-S-32-alt"):
+        load_model("../code.pt", CPU, "../other.pt")
+    found = load_model("../code.pt", CPU, "moved.pt")
+    segmenter = load_segmenter(["dog"], checkpoint="../code.pt", clip_weights="moved.pt")
+    for clip in (found.clip, segmenter.clip):
+        assert torch.equal(clip.visual.proj, before.clip.visual.proj)
+    with pytest.raises(UserError, match="which is not there"):
+        load_segmenter(["dog"], checkpoint="../code.pt")
+
+
+def test_a_run_goes_on_with_clips_weights_elsewhere(tmp_path):
+    clip_file(tmp_path / "clip.pt", 0)
+    clip_file(tmp_path / "other.pt", 1)
+
+    def run_with(weights: Path) -> tuple:
+        config = ModelConfig(clip="ViT-S-32-alt", clip_weights=str(weights), context_init="a")
+        model = CoDe(load_clip(config.clip, config.clip_weights), config)
+        optimizer = make_optimizer(model, TrainConfig())
+        scaler = make_scaler(CPU, torch.float32)
+        return model, optimizer, scaler, Progress(step=3), TrainConfig(), LossConfig()
+
+    save_run(tmp_path / "last.pt", *run_with(tmp_path / "clip.pt"))
+    (tmp_path / "clip.pt").rename(tmp_path / "moved.pt")
+    again = run_with(tmp_path / "moved.pt")
+    again[3].step = 0
+    resume_run(tmp_path / "last.pt", *again)
+    assert again[3].step == 3
+    with pytest.raises(UserError, match="trained with other weights of CLIP"):
+        resume_run(tmp_path / "last.pt", *run_with(tmp_path / "other.pt"))

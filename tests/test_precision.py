@@ -81,6 +81,19 @@ def test_cuda_is_this_processes_gpu(monkeypatch):
     assert str(choose_device("auto")) == "cuda:3" and made == ["cuda:3", "cuda:1", "cuda:3"]
 
 
+def test_processes_do_not_share_a_gpu(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="--device cuda:1: the 4 processes would share one GPU"):
+        choose_device("cuda:1")
+    assert choose_device("cpu") == CPU
+
+
+@pytest.mark.parametrize("name", ["mps", "meta", "xpu"])
+def test_only_devices_that_were_thought_through(name):
+    with pytest.raises(UserError, match=f"--device {name}: "):
+        choose_device(name)
+
+
 # --- fake CUDA tensors ----------------------------------------------------------------------------
 
 
