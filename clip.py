@@ -135,15 +135,22 @@ def _quiet():
 
 
 def transformer_block(
-    block: ResidualAttentionBlock, x: Tensor, mask: Tensor | None = None
+    block: ResidualAttentionBlock,
+    x: Tensor,
+    mask: Tensor | None = None,
+    at: Tensor | None = None,
 ) -> Tensor:
     """x + attention(ln_1(x)), then + MLP(ln_2(x)): (B, N, width) -> (B, N, width).
 
-    mask: True where a position may look, broadcast to (B, heads, N, N). The block's own forward
-    pass is the same, but nn.MultiheadAttention copies more than it computes: a training step takes
-    a sixth longer with it (`experiments/bench.py`).
+    mask: True where a position may look, broadcast to (B, heads, N, N). at: the one position of
+    every sequence whose output is wanted, (B,); then (B, 1, width), and the mask (B, heads, 1, N).
+    The block's own forward pass is the same, but nn.MultiheadAttention copies more than it
+    computes: a training step takes a sixth longer with it (`experiments/bench.py`).
     """
-    x = x + merged(block, attend(*heads(block, x), mask))
+    q, k, v = heads(block, x, at)
+    if at is not None:
+        x = x[torch.arange(len(x), device=x.device), at][:, None]
+    x = x + merged(block, attend(q, k, v, mask))
     return x + block.mlp(block.ln_2(x))
 
 
@@ -156,11 +163,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def heads(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
-    """q, k and v of ln_1(x): (B, N, width) -> (3, B, heads, N, width / heads)."""
-    attention = block.attn
-    qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
-    return qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+def heads(
+    block: ResidualAttentionBlock, x: Tensor, at: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of ln_1(x): (B, N, width) -> (B, heads, N, width / heads) each; q of one position
+    of every sequence alone if `at` (B,) names it."""
+    attention, y = block.attn, block.ln_1(x)
+    if at is None:
+        qkv = F.linear(y, attention.in_proj_weight, attention.in_proj_bias)
+        q, k, v = qkv.chunk(3, dim=-1)
+    else:
+        width = [y.shape[-1], 2 * y.shape[-1]]
+        (w_q, w_kv), (b_q, b_kv) = (
+            p.split(width) for p in (attention.in_proj_weight, attention.in_proj_bias)
+        )
+        q = F.linear(y[torch.arange(len(y), device=y.device), at][:, None], w_q, b_q)
+        k, v = F.linear(y, w_kv, b_kv).chunk(2, dim=-1)
+    return tuple(z.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for z in (q, k, v))
 
 
 def merged(block: ResidualAttentionBlock, y: Tensor) -> Tensor:
@@ -212,8 +231,9 @@ def visual_hidden(clip: open_clip.CLIP, images: Tensor) -> Tensor:
 
 def image_embedding(clip: open_clip.CLIP, images: Tensor) -> Tensor:
     """E^v, CLIP's image embedding read at the class token, normalised: (B, 3, S, S) -> (B, C)."""
-    visual = clip.visual
-    x = transformer_block(visual.transformer.resblocks[-1], visual_hidden(clip, images))
+    visual, hidden = clip.visual, visual_hidden(clip, images)
+    class_token = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
+    x = transformer_block(visual.transformer.resblocks[-1], hidden, at=class_token)  # (B, 1, width)
     return project(visual.ln_post(x[:, 0]), visual.proj)
 
 
@@ -258,17 +278,22 @@ def end_of_text(tokens: Tensor) -> Tensor:
     return tokens.argmax(dim=-1)
 
 
-def text_hidden(clip: open_clip.CLIP, embeddings: Tensor) -> Tensor:
+def text_hidden(clip: open_clip.CLIP, embeddings: Tensor, eot: Tensor | None = None) -> Tensor:
     """Last hidden states of the causal text tower, before ln_final.
 
-    embeddings: token embeddings without positions (B, L, C_t), L <= 77. Returns the same shape.
+    embeddings: token embeddings without positions (B, L, C_t), L <= 77. Returns the same shape, or
+    (B, 1, C_t) of the positions `eot` (B,) alone.
     """
     length = embeddings.shape[1]
     x = embeddings + clip.positional_embedding[:length]
-    causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-    for block in clip.transformer.resblocks:
+    position = torch.arange(length, device=x.device)
+    causal = position <= position[:, None]  # (L, L)
+    *blocks, last = clip.transformer.resblocks
+    for block in blocks:
         x = transformer_block(block, x, causal)
-    return x
+    if eot is None:
+        return transformer_block(last, x, causal)
+    return transformer_block(last, x, causal[eot][:, None, None], at=eot)
 
 
 def text_embedding(clip: open_clip.CLIP, embeddings: Tensor, eot: Tensor) -> Tensor:
@@ -276,9 +301,8 @@ def text_embedding(clip: open_clip.CLIP, embeddings: Tensor, eot: Tensor) -> Ten
 
     It starts from token embeddings, so that learned vectors may stand among them.
     """
-    hidden = text_hidden(clip, embeddings)
-    pooled = clip.ln_final(hidden[torch.arange(len(eot), device=eot.device), eot])
-    return project(pooled, clip.text_projection)
+    hidden = text_hidden(clip, embeddings, eot)[:, 0]
+    return project(clip.ln_final(hidden), clip.text_projection)
 
 
 def embed_texts(clip: open_clip.CLIP, tokens: Tensor) -> Tensor:

@@ -1,142 +1,202 @@
-"""Eqs. 3.1, 3.7, 3.8 and the terms of L_seg^v and L_seg^t: tensors in, tensors out.
+"""The loss of chapter 3: Eq. 3.8 and its four parts, as functions of the global batch.
 
-Shapes: b pairs in this process, B in the global batch, T = J * B triplets, as in `model.py`. The
-statistics are of each image and caption where it is; `train.py` gathers them, and the losses are
-functions of the global batch.
+What travels between processes. Every process decomposes its own b pairs; the losses compare all
+with all. So `gather` joins what Eq. 3.8 needs of every process, with gradients: embeddings of all B
+triplets, and small statistics of each image and caption. Every process then computes the same L.
+Its gradient in one process is the part that goes through that process's own pairs; the sum over
+processes is the gradient of one process with all the pairs, and dividing by their number, which
+`gather`'s backward pass (a sum) and DistributedDataParallel (a mean) do together, gives just that.
+K processes with b pairs each so train as one with K b pairs (`tests/test_parallel.py`).
+
+Shapes: b pairs with J nouns each in this process, N pairs in the global batch, B = J N triplets
+(image, text, noun) in the thesis's sense, in the order: first noun of all pairs, then the second.
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from config import LossConfig
+from model import CoDe, Decomposition, ImageSegmenter
 
-# --- contrastive losses ---------------------------------------------------------------------------
-
-
-def symmetric_cross_entropy(logits: Tensor) -> Tensor:
-    """Mean cross-entropy of rows and of columns, the diagonal being right: (T, T) -> ()."""
-    target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+# --- Eq. 3.8 --------------------------------------------------------------------------------------
 
 
-def info_nce(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    """Eq. 3.7: symmetric InfoNCE over T triplets, of unit vectors a, b (T, C); scale: 1 / tau."""
-    return symmetric_cross_entropy(scale * a @ b.T)
+def code_loss(
+    d: Decomposition, model: CoDe, config: LossConfig, noun_labels: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Eq. 3.8: L = lambda_kg L_kg + lambda_seg^v L_seg^v + lambda_seg^t L_seg^t + lambda_hcl L_hcl.
 
-
-def knowledge_loss(n: Tensor, n_knowledge: Tensor) -> Tensor:
-    """Eq. 3.1: L_kg, mean squared distance of noun embeddings to hand-written ones (T, C) -> ()."""
-    return (n - n_knowledge).square().sum(-1).mean()
-
-
-# --- L_seg^v (TCL's loss on nouns) ----------------------------------------------------------------
-
-
-def region_cosines(x_v: Tensor, masks: Tensor, nouns: Tensor) -> Tensor:
-    """cos(f_ij, n_j): f_ij = sum m_ij x^v_i / (sum m_ij + 1e-6), image i under noun j.
-
-    x_v: (b, H, W, C); masks: (b, T, H, W); nouns: (T, C). Returns (b, T).
+    noun_labels: the released pseudo-labels (b, L), if the configuration asks for them. Returns L
+    under "total", and every term as weighted in it.
     """
-    pooled = torch.einsum("bthw,bhwc->btc", masks, x_v)
-    pooled = pooled / (masks.sum((-2, -1))[..., None] + 1e-6)
-    return (F.normalize(pooled, dim=-1, eps=1e-6) * nouns).sum(-1)
+    scales = model.logit_scales()  # 1 / tau of the contrasts
+    n, e_v = gather_triplets(d.n), gather_triplets(d.e_v)  # (B, C)
+    terms = loss_kg(n, gather_triplets(d.n_prime), config)
+    terms |= loss_seg_v(d, n, e_v, model.image_segmenter, scales, config)
+    if d.word_logits is not None:
+        terms |= loss_seg_t(d, noun_labels, config)
+    if d.e_t is not None:
+        terms |= loss_hcl(e_v, gather_triplets(d.e_t), scales, config)
+    return {"total": torch.stack(list(terms.values())).sum(), **terms}
 
 
-def total_variation(x: Tensor) -> Tensor:
-    """Mean absolute difference of horizontal plus of vertical neighbours: (b, N, H, W) -> (b,)."""
-    horizontal = (x[..., 1:] - x[..., :-1]).abs().mean((1, 2, 3))
-    vertical = (x[..., 1:, :] - x[..., :-1, :]).abs().mean((1, 2, 3))
-    return horizontal + vertical
+def loss_kg(n: Tensor, n_prime: Tensor, config: LossConfig) -> dict[str, Tensor]:
+    """lambda_kg L_kg: "kg"."""
+    return {"kg": config.lambda_kg * knowledge_loss(n, n_prime)}
 
 
-def region_statistics(x_v: Tensor, masks: Tensor, nouns: Tensor) -> tuple[Tensor, ...]:
-    """All that L_seg^v needs of each image, small enough to travel between processes.
-
-    As for `region_cosines`. Returns these cosines and the mean of every mask, (b, T) each, and the
-    total variation of x^v and of the masks, (b,) each.
-    """
-    cosines, areas = region_cosines(x_v, masks, nouns), masks.mean((-2, -1))
-    return cosines, areas, total_variation(x_v.movedim(-1, 1)), total_variation(masks)
-
-
-def area_losses(areas: Tensor, prior: float) -> tuple[Tensor, Tensor]:
-    """|mean area of own - prior| and |mean area of others - 0|, of the mean of every mask (B, T).
-
-    Own: the matching entries of the T x T matrix of triplets. Others: all its off-diagonal ones, an
-    image's own other noun included (each image stands for J rows of that matrix).
-    """
-    triplets = areas.repeat(areas.shape[1] // areas.shape[0], 1)  # (T, T)
-    own = triplets.diagonal()
-    others = (triplets.sum() - own.sum()) / (triplets.numel() - own.numel())
-    return (own.mean() - prior).abs(), others.abs()
-
-
-# --- L_seg^t --------------------------------------------------------------------------------------
-
-
-def pseudo_labels(word_logits: Tensor, eot: Tensor) -> Tensor:
-    """Section 3.2: the label of a word is the likeliest of its J + 1 classes.
-
-    word_logits: (b, J + 1, L), "none" first. Returns (b, L): -1 at SOS, EOT and padding.
-    """
-    position = torch.arange(word_logits.shape[-1], device=eot.device)
-    word = (position > 0) & (position < eot[:, None])
-    return word_logits.argmax(dim=1).masked_fill(~word, -1)
-
-
-def word_statistics(word_logits: Tensor, labels: Tensor, none_weight: float) -> Tensor:
-    """Weighted cross-entropy of each caption's words over J + 1 classes, and the weights' sum.
-
-    word_logits: (b, J + 1, L); labels: (b, L), -1 is ignored; class 0 ("none") weighs
-    `none_weight`, the others 1. Returns (b, 2).
-    """
-    loss = F.cross_entropy(word_logits, labels, ignore_index=-1, reduction="none")
-    weight = torch.where(labels == 0, none_weight, 1.0).masked_fill(labels < 0, 0.0)
-    return torch.stack([(weight * loss).sum(1), weight.sum(1)], dim=1)
-
-
-def word_mask_loss(statistics: Tensor) -> Tensor:
-    """L_seg^t: weighted mean over all words, from `word_statistics` of all captions (B, 2)."""
-    losses, weights = statistics.sum(0)
-    return losses / weights.clamp(min=1e-6)
-
-
-# --- all together ---------------------------------------------------------------------------------
-
-
-def code_losses(
+def loss_seg_v(
+    d: Decomposition,
     n: Tensor,
-    n_knowledge: Tensor,
     e_v: Tensor,
-    e_t: Tensor | None,
-    regions: tuple[Tensor, ...],
-    words: Tensor | None,
+    image_segmenter: ImageSegmenter,
     scales: dict[str, Tensor],
     config: LossConfig,
 ) -> dict[str, Tensor]:
-    """Eq. 3.8: the total loss L, under "total", and every term as weighted in it.
+    """lambda_seg^v L_seg^v, TCL's loss on nouns (section 3.2): contrasts, areas and smoothness.
 
-    n, n_knowledge, e_v, e_t: (T, C). regions: `region_statistics` of all B images; words:
-    `word_statistics` of all captions; e_t and words are None where an ablation has none. scales:
-    1 / tau of the three contrasts, "image", "region" and "hcl".
+    n, e_v: of all B triplets (B, C).
     """
-    cosines, areas, variation_of_features, variation_of_masks = regions
-    own, others = area_losses(areas, config.area_prior)
-    cosines = cosines.repeat(len(n) // len(cosines), 1)  # (T, T): a row for every triplet
-    region_contrast = symmetric_cross_entropy(scales["region"] * cosines)
-    seg_v = {
+    masks = image_segmenter.mask_logits(d.x_v, n).sigmoid()  # these images, all nouns: (b, B, H, W)
+    cosines = gather(region_cosines(d.x_v, masks, n))  # (N, B)
+    cosines = cosines.repeat(len(n) // len(cosines), 1)  # a row for every triplet: (B, B)
+    own, others = area_losses(gather(masks.mean((-2, -1))), config.area_prior)
+    variation_of_features = gather(total_variation(d.x_v.movedim(-1, 1)))  # (N,)
+    variation_of_masks = gather(total_variation(masks))  # (N,)
+    terms = {
         "image_contrast": config.image_contrast * info_nce(e_v, n, scales["image"]),
-        "region_contrast": config.region_contrast * region_contrast,
+        "region_contrast": config.region_contrast
+        * symmetric_cross_entropy(scales["region"] * cosines),
         "area": config.area * own,
         "area_others": config.area_others * others,
         "smooth_features": config.smooth_features * variation_of_features.mean(),
         "smooth_masks": config.smooth_masks * variation_of_masks.mean(),
     }
-    terms = {"kg": config.lambda_kg * knowledge_loss(n, n_knowledge)}
-    terms |= {name: config.lambda_seg_v * term for name, term in seg_v.items()}
-    if words is not None:
-        terms["seg_t"] = config.lambda_seg_t * word_mask_loss(words)
-    if e_t is not None:
-        terms["hcl"] = config.lambda_hcl * info_nce(e_v, e_t, scales["hcl"])
-    return {"total": torch.stack(list(terms.values())).sum(), **terms}
+    return {name: config.lambda_seg_v * term for name, term in terms.items()}
+
+
+def loss_seg_t(
+    d: Decomposition, noun_labels: Tensor | None, config: LossConfig
+) -> dict[str, Tensor]:
+    """lambda_seg^t L_seg^t (section 3.2): the mean of all words' cross-entropies, "seg_t"."""
+    labels = noun_labels
+    if config.pseudo_labels == "thesis":
+        labels = pseudo_labels(d.word_logits, d.is_word)
+    losses, weights = word_cross_entropy(d.word_logits, labels, config.none_weight)  # (b,) each
+    mean = gather(losses).sum() / gather(weights).sum().clamp(min=1e-6)
+    return {"seg_t": config.lambda_seg_t * mean}
+
+
+def loss_hcl(
+    e_v: Tensor, e_t: Tensor, scales: dict[str, Tensor], config: LossConfig
+) -> dict[str, Tensor]:
+    """lambda_hcl L_hcl (section 3.4) of all B regions and word segments, "hcl"."""
+    return {"hcl": config.lambda_hcl * info_nce(e_v, e_t, scales["hcl"])}
+
+
+# --- their formulas -------------------------------------------------------------------------------
+
+
+def knowledge_loss(n: Tensor, n_prime: Tensor) -> Tensor:
+    """Eq. 3.1: L_kg = 1/B sum_j ||n_j - n'_j||^2, (B, C) each, unit vectors."""
+    return (n - n_prime).square().sum(-1).mean()
+
+
+def info_nce(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """Eq. 3.7: symmetric InfoNCE of B pairs of unit vectors a, b (B, C), with scale = 1 / tau:
+
+    -1/2B sum_i [log(exp(a_i.b_i / tau) / sum_j exp(a_i.b_j / tau))
+                 + log(exp(a_i.b_i / tau) / sum_j exp(a_j.b_i / tau))]
+    """
+    return symmetric_cross_entropy(scale * a @ b.T)
+
+
+def symmetric_cross_entropy(logits: Tensor) -> Tensor:
+    """Mean cross-entropy of rows and of columns, the diagonal being right: (B, B) -> ()."""
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def region_cosines(x_v: Tensor, masks: Tensor, n: Tensor) -> Tensor:
+    """cos(f_ij, n_j) with f_ij = sum m_ij x^v_i / (sum m_ij + 1e-6): image i under noun j.
+
+    x_v: (b, H, W, C); masks: (b, B, H, W); n: (B, C). Returns (b, B).
+    """
+    pooled = torch.einsum("bthw,bhwc->btc", masks, x_v)
+    pooled = pooled / (masks.sum((-2, -1))[..., None] + 1e-6)
+    return (F.normalize(pooled, dim=-1, eps=1e-6) * n).sum(-1)
+
+
+def area_losses(areas: Tensor, prior: float) -> tuple[Tensor, Tensor]:
+    """|mean area of own - prior| and |mean area of others - 0|, of the mean of every mask (N, B).
+
+    Own: the matching entries of the B x B matrix of triplets. Others: all its off-diagonal ones, an
+    image's own other noun included (each image stands for J rows of that matrix).
+    """
+    triplets = areas.repeat(areas.shape[1] // areas.shape[0], 1)  # (B, B)
+    own = triplets.diagonal()
+    others = (triplets.sum() - own.sum()) / (triplets.numel() - own.numel())
+    return (own.mean() - prior).abs(), others.abs()
+
+
+def total_variation(x: Tensor) -> Tensor:
+    """Mean absolute difference of horizontal plus of vertical neighbours: (b, K, H, W) -> (b,)."""
+    horizontal = (x[..., 1:] - x[..., :-1]).abs().mean((1, 2, 3))
+    vertical = (x[..., 1:, :] - x[..., :-1, :]).abs().mean((1, 2, 3))
+    return horizontal + vertical
+
+
+def pseudo_labels(word_logits: Tensor, is_word: Tensor) -> Tensor:
+    """Section 3.2: the label of a word is the likeliest of its J + 1 classes, 0 being "none".
+
+    word_logits: (J + 1, b, L); is_word: (b, L). Returns (b, L): -1 at SOS, EOT and padding.
+    """
+    return word_logits.argmax(dim=0).masked_fill(~is_word, -1)
+
+
+def word_cross_entropy(
+    word_logits: Tensor, labels: Tensor, none_weight: float
+) -> tuple[Tensor, Tensor]:
+    """Weighted cross-entropy of each caption's words over J + 1 classes, and the weights' sum.
+
+    word_logits: (J + 1, b, L); labels: (b, L), -1 is ignored; class 0 ("none") weighs
+    `none_weight`, the others 1. Returns (b,) each.
+    """
+    by_class = word_logits.transpose(0, 1)  # (b, J + 1, L)
+    loss = F.cross_entropy(by_class, labels, ignore_index=-1, reduction="none")
+    weight = torch.where(labels == 0, none_weight, 1.0).masked_fill(labels < 0, 0.0)
+    return (weight * loss).sum(1), weight.sum(1)
+
+
+# --- what travels between processes ---------------------------------------------------------------
+
+
+def gather(x: Tensor, dim: int = 0) -> Tensor:
+    """Every process's x in the order of their ranks, joined along `dim`, with gradients to all.
+
+    All processes must hold the same shape. With one process it is the identity.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    return _Gather.apply(x.movedim(dim, 0).contiguous()).movedim(0, dim)
+
+
+def gather_triplets(x: Tensor) -> Tensor:
+    """Every process's (J, b, ...) as the B triplets of the global batch: (B, ...)."""
+    return gather(x, dim=1).flatten(0, 1)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]

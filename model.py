@@ -1,8 +1,10 @@
 """The method: chapter 3 of the thesis, in its order and with its names.
 
-Shapes: b pairs in this process, B in the global batch, J nouns per pair; T = J * B triplets
-(image, text, noun) of the global batch, noun-major: the first noun of all pairs, then the second.
-C: CLIP's embedding width, C_t: its text width; H x W: mask grid; S: side of an image; L: positions.
+The network knows nothing of processes, files or devices: it decomposes the b pairs it is given.
+
+Shapes: b pairs with J nouns each. What belongs to a triplet (image, text, noun) is (J, b, ...): the
+first noun of all pairs, then the second. C: CLIP's embedding width, C_t: its text width; H x W:
+mask grid; S: side of an image; L: text positions, SOS and EOT included.
 """
 
 import copy
@@ -30,7 +32,6 @@ from clip import (
 )
 from config import ModelConfig, UserError
 from dense import maskclip
-from support.distributed import gather_triplets
 
 # --- 3.2 region masks -----------------------------------------------------------------------------
 
@@ -100,12 +101,15 @@ class ImageSegmenter(nn.Module):
         return project(self.ln_post(x.movedim(1, -1)), self.proj)
 
     def mask_logits(self, x_v: Tensor, nouns: Tensor) -> Tensor:
-        """w s + b, s = x^v . n, whose sigmoid is the soft mask: (b, H, W, C) -> (b, N, H, W).
+        """w s + b with s = x^v . n for words that are the same for all images, (N, C).
 
-        nouns: the same for all images, (N, C), or each image's own, (b, N, C).
+        Its sigmoid is the soft mask. (b, H, W, C) -> (b, N, H, W).
         """
-        nouns = nouns.expand(len(x_v), *nouns.shape[-2:])
-        return self.mask_scale * cosines("bhwc,bnc->bnhw", x_v, nouns) + self.mask_bias
+        return self.mask_scale * cosines("bhwc,nc->bnhw", x_v, nouns) + self.mask_bias
+
+    def own_mask_logits(self, x_v: Tensor, n: Tensor) -> Tensor:
+        """The same for every image's own nouns: (b, H, W, C), (J, b, C) -> (J, b, H, W)."""
+        return self.mask_scale * cosines("bhwc,jbc->jbhw", x_v, n) + self.mask_bias
 
 
 def hard_mask(logits: Tensor, noise: Tensor | None) -> Tensor:
@@ -149,21 +153,21 @@ class TextSegmenter(nn.Module):
             hidden = transformer_block(block, hidden, mask)
         return F.normalize(hidden, dim=-1, eps=1e-6)
 
-    def word_logits(self, x_t: Tensor, nouns: Tensor) -> Tensor:
+    def word_logits(self, x_t: Tensor, n: Tensor) -> Tensor:
         """Eq. 3.2: l_j,i = w x^t_i . n_j + b, behind a constant logit 0 for "none" of the nouns.
 
-        x_t: (b, L, C); nouns: the J nouns of every caption, (J, b, C). Returns (b, J + 1, L).
+        x_t: (b, L, C); n: the J nouns of every caption, (J, b, C). Returns (J + 1, b, L).
         """
-        logits = self.word_scale * cosines("blc,jbc->bjl", x_t, nouns) + self.word_bias
-        return F.pad(logits, (0, 0, 1, 0))
+        logits = self.word_scale * cosines("blc,jbc->jbl", x_t, n) + self.word_bias
+        return F.pad(logits, (0, 0, 0, 0, 1, 0))
 
 
 def word_mask(word_logits: Tensor) -> Tensor:
-    """Eq. 3.3: m^t of every noun, the softmax over "none" and the J nouns.
+    """Eq. 3.3: m^t_j,i = exp(l_j,i) / (1 + sum_k exp(l_k,i)), the 1 being exp(0) of "none".
 
-    The 1 in the denominator is exp(0) of "none". (b, J + 1, L) -> (b, J, L).
+    A softmax over "none" and the J nouns: (J + 1, b, L) -> (J, b, L).
     """
-    return word_logits.softmax(dim=1)[:, 1:]
+    return word_logits.softmax(dim=0)[1:]
 
 
 # --- 3.3 region-word highlighting -----------------------------------------------------------------
@@ -196,15 +200,21 @@ def highlight_text(embeddings: Tensor, mask: Tensor, word_prompt: Tensor, eot: T
 
 @dataclass
 class Decomposition:
-    """What the model makes of b pairs: all that the losses need."""
+    """Every tensor of chapter 3 for b pairs, under its letter; None where an ablation has none."""
 
-    n: Tensor  # noun embeddings of the global batch (T, C)
-    n_knowledge: Tensor  # n'_j of the same nouns, these pairs' (J, b, C), without gradient
-    x_v: Tensor  # pixel-wise image embedding (b, H, W, C)
-    masks: Tensor  # soft masks of these images under the nouns of all: (b, T, H, W)
-    e_v: Tensor  # region embeddings of Eq. 3.6 (J, b, C)
-    e_t: Tensor | None = None  # word segment embeddings of Eq. 3.6 (J, b, C); None without C
-    word_logits: Tensor | None = None  # Eq. 3.2: (b, J + 1, L), "none" first
+    n: Tensor  # n_j, the nouns' embeddings (J, b, C)
+    n_prime: Tensor  # n'_j of Eq. 3.1, from hand-written prompts, without gradient (J, b, C)
+    x_v: Tensor  # x^v, pixel-wise image embedding (b, H, W, C)
+    soft_v: Tensor  # soft region masks of the pairs' own nouns, in (0, 1): (J, b, H, W)
+    m_v: Tensor  # M^v, hard region masks, 0 or 1: (J, b, H, W)
+    h_v: Tensor  # H^v of Eq. 3.4, highlighted images (J, b, 3, S, S)
+    e_v: Tensor  # e^v of Eq. 3.6, region embeddings (J, b, C)
+    e_t: Tensor | None = None  # e^t of Eq. 3.6, word segment embeddings (J, b, C)
+    x_t: Tensor | None = None  # x^t, word-wise features (b, L, C)
+    is_word: Tensor | None = None  # which positions are words: not SOS, EOT or padding (b, L)
+    word_logits: Tensor | None = None  # Eq. 3.2, "none" first (J + 1, b, L)
+    m_t: Tensor | None = None  # m^t of Eq. 3.3, word masks (J, b, L)
+    h_t: Tensor | None = None  # H^t of Eq. 3.5, highlighted texts (J, b, L, C_t)
 
 
 class CoDe(nn.Module):
@@ -267,38 +277,40 @@ class CoDe(nn.Module):
         return self.text_segmenter(hidden, end_of_text(tokens))[:, :length]
 
     def forward(self, batch, noise: Tensor | None = None) -> Decomposition:
-        """Decompose b pairs (a `data.Batch`) into regions and word segments, and embed these,
-        Eq. 3.6: e^v = E^v(H^v), e^t = E^t(H^t). noise: logistic, for the hard masks (J, b, H, W).
+        """Decompose b pairs (a `data.Batch`) into regions and word segments.
+
+        noise: logistic, for the hard masks (J, b, H, W); None: the bare soft mask decides.
         """
         clip, images = self.clip, batch.images  # (b, 3, S, S)
         with torch.no_grad():  # what only the frozen CLIP has to say
-            n_knowledge = embed_texts(clip, batch.knowledge_tokens)
-            hidden = visual_hidden(clip, images)
+            n_prime = embed_texts(clip, batch.knowledge_tokens)  # (J b, C)
+            hidden = visual_hidden(clip, images)  # (b, 1 + patches, width)
         n = self.noun_embedding(batch.noun_tokens).unflatten(0, (-1, len(images)))  # (J, b, C)
-        n_knowledge = n_knowledge.view_as(n)
-        nouns = gather_triplets(n)  # (T, C)
 
-        # 3.2: region masks, of these images under the nouns of all and, to highlight, their own.
+        # 3.2: region masks of every image's own nouns.
         x_v = self.image_segmenter(hidden, tuple(images.shape[-2:]))  # (b, H, W, C)
-        masks = self.image_segmenter.mask_logits(x_v, nouns).sigmoid()  # (b, T, H, W)
-        own = self.image_segmenter.mask_logits(x_v, n.transpose(0, 1)).transpose(0, 1)
-        m_v = hard_mask(own, noise)  # M^v (J, b, H, W)
+        logits = self.image_segmenter.own_mask_logits(x_v, n)  # (J, b, H, W)
+        m_v = hard_mask(logits, noise)
 
         h_v = highlight_image(images, m_v, self.region_prompt)  # Eq. 3.4: (J, b, 3, S, S)
-        e_v = image_embedding(clip, h_v.flatten(0, 1)).view_as(n)  # Eq. 3.6
-        d = Decomposition(nouns, n_knowledge, x_v, masks, e_v)
+        e_v = image_embedding(clip, h_v.flatten(0, 1)).view_as(n)  # Eq. 3.6: e^v = E^v(H^v)
+        d = Decomposition(n, n_prime.view_as(n), x_v, logits.sigmoid(), m_v, h_v, e_v)
         if not self.decomposes_text:
-            d.e_t = n if self.config.co_decomposition else None
+            d.e_t = n if self.config.co_decomposition else None  # section 4.4: bare nouns
             return d
 
-        # 3.2: word masks, of these captions under their own nouns.
-        x_t = self.word_features(batch.caption_tokens)  # (b, L, C)
-        d.word_logits = self.text_segmenter.word_logits(x_t, n)  # Eq. 3.2: (b, J + 1, L)
-        m_t = word_mask(d.word_logits).transpose(0, 1)  # Eq. 3.3: (J, b, L)
+        # 3.2: word masks of every caption under its own nouns.
+        tokens, eot = batch.caption_tokens, end_of_text(batch.caption_tokens)  # (b, L), (b,)
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        d.is_word = (position > 0) & (position < eot[:, None])
+        d.x_t = self.word_features(tokens)  # (b, L, C)
+        d.word_logits = self.text_segmenter.word_logits(d.x_t, n)  # Eq. 3.2: (J + 1, b, L)
+        d.m_t = word_mask(d.word_logits)  # Eq. 3.3: (J, b, L)
 
-        words, eot = clip.token_embedding(batch.caption_tokens), end_of_text(batch.caption_tokens)
-        h_t = highlight_text(words, m_t, self.word_prompt, eot)  # Eq. 3.5: (J, b, L, C_t)
-        d.e_t = text_embedding(clip, h_t.flatten(0, 1), eot.repeat(len(n))).view_as(n)  # Eq. 3.6
+        words = clip.token_embedding(tokens)  # X^t (b, L, C_t)
+        d.h_t = highlight_text(words, d.m_t, self.word_prompt, eot)  # Eq. 3.5: (J, b, L, C_t)
+        e_t = text_embedding(clip, d.h_t.flatten(0, 1), eot.repeat(len(n)))  # Eq. 3.6: E^t(H^t)
+        d.e_t = e_t.view_as(n)
         return d
 
     @torch.no_grad()

@@ -194,7 +194,7 @@ def word_masks(model: CoDe, caption: str, nouns: Sequence[str]) -> np.ndarray:
     tokens = torch.tensor([[start, *(t for piece in pieces for t in piece), end]], device=device)
     x_t = model.word_features(tokens)
     n = model.noun_embedding(noun_prompts(nouns, len(model.context)).to(device))[:, None]
-    masks = word_mask(model.text_segmenter.word_logits(x_t, n))[0, :, 1:-1]  # (J, tokens)
+    masks = word_mask(model.text_segmenter.word_logits(x_t, n))[:, 0, 1:-1]  # (J, tokens)
     parts = masks.cpu().split([len(piece) for piece in pieces], dim=1)
     return torch.stack([part.mean(1) for part in parts], dim=1).numpy()
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from checkpoints.ours import Progress, model_content, resume_run, save_checkpoint, save_run
-from clip import end_of_text, load_clip
+from clip import load_clip
 from config import (
     MASK_PRESETS,
     TRAIN_PRESETS,
@@ -32,11 +32,11 @@ from config import (
     parse,
     run,
 )
-from data import Batch, PairStream, make_loader, nltk_tagger, shapes_tagger
+from data import PairStream, make_loader, nltk_tagger, shapes_tagger
 from datasets import load_benchmark
 from evaluate import evaluate, make_segmenter
-from losses import code_losses, pseudo_labels, region_statistics, word_statistics
-from model import CoDe, Decomposition
+from losses import code_loss
+from model import CoDe
 from sources import open_source
 from support.device import (
     autocast,
@@ -47,11 +47,9 @@ from support.device import (
     update_scale,
 )
 from support.distributed import (
-    all_gather,
     any_process,
     end_workers,
     first_process_first,
-    gather_triplets,
     lost_processes,
     process_count,
     process_rank,
@@ -100,30 +98,6 @@ def logistic_noise(
     shape = (nouns, pairs * process_count(), *grid)
     uniform = torch.rand(shape, generator=generator, device=device).clamp(1e-6, 1 - 1e-6)
     return torch.logit(uniform).chunk(process_count(), dim=1)[process_rank()]
-
-
-def global_losses(
-    d: Decomposition, model: CoDe, batch: Batch, config: LossConfig
-) -> dict[str, Tensor]:
-    """`losses.code_losses` of the global batch; what it needs of other processes is gathered, with
-    gradients. So every process has the same losses, and K processes with b pairs each have the
-    gradients of one with K * b pairs once DistributedDataParallel has averaged them."""
-    words = None
-    if d.word_logits is not None:
-        labels = batch.noun_labels
-        if config.pseudo_labels == "thesis":
-            labels = pseudo_labels(d.word_logits, end_of_text(batch.caption_tokens))
-        words = all_gather(word_statistics(d.word_logits, labels, config.none_weight))
-    return code_losses(
-        d.n,
-        gather_triplets(d.n_knowledge),
-        gather_triplets(d.e_v),
-        None if d.e_t is None else gather_triplets(d.e_t),
-        tuple(all_gather(x) for x in region_statistics(d.x_v, d.masks, d.n)),
-        words,
-        model.logit_scales(),
-        config,
-    )
 
 
 def evaluate_model(model: CoDe, config: TrainConfig) -> float:
@@ -270,8 +244,8 @@ def train(
         size = (config.nouns, len(batch.images), grid)
         noise = logistic_noise(*size, config.seed, progress.step, device)
         with amp:
-            decomposition = ddp(batch, noise)
-        terms = global_losses(decomposition, model, batch, loss_config)
+            d = ddp(batch, noise)
+        terms = code_loss(d, model, loss_config, batch.noun_labels)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(terms["total"]).backward()
         scaler.unscale_(optimizer)
@@ -283,7 +257,7 @@ def train(
 
         last, stop = progress.step == config.steps, any_process(bool(stopping))
         if progress.step % config.log_every == 0 or last or stop:
-            more = {"grad_norm": norm, "mask_area": decomposition.masks.mean()}
+            more = {"grad_norm": norm, "mask_area": d.soft_v.mean()}
             more |= {f"{k}_temperature": 1 / scale for k, scale in model.logit_scales().items()}
             log.write(progress.step, rate, terms, more)
         run_state = (model, optimizer, scaler, progress, config, loss_config)

@@ -36,13 +36,14 @@ from datasets import ade20k, coco_stuff, voc
 from dense import DENSE
 from experiments.textbook import padded, plain_forms, plain_pamr
 from experiments.timing import compare, on_gpu, peak_memory
+from losses import code_loss
 from model import CoDe, UpsamplingBlock
 from pamr import pamr
 from segmenter import Segmenter
 from sources import Shards
 from support.device import autocast, choose_device, choose_precision
 from support.files import save_text
-from train import global_losses, make_optimizer
+from train import make_optimizer
 
 
 @dataclass
@@ -155,7 +156,7 @@ def make_step(model: CoDe, config: BenchConfig) -> Callable[[Batch], None]:
     def step(batch: Batch) -> None:
         with amp:
             d = model(batch, torch.zeros(2, len(batch.images), 56, 56))
-        terms = global_losses(d, model, batch, LossConfig())
+        terms = code_loss(d, model, LossConfig(), batch.noun_labels)
         optimizer.zero_grad(set_to_none=True)
         terms["total"].backward()
         optimizer.step()

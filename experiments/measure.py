@@ -114,7 +114,7 @@ def word_assignment_accuracy(model: CoDe, scenes: int) -> dict[str, float]:
         tokens = tokenize([" ".join(words)])  # every word of this world is one token
         x_t = model.word_features(tokens)
         n = model.noun_embedding(noun_prompts(asked, len(model.context)))[:, None]
-        classes = model.text_segmenter.word_logits(x_t, n)[0].argmax(0)
+        classes = model.text_segmenter.word_logits(x_t, n)[:, 0].argmax(0)
         for word, noun, found_class in zip(words, nouns_of_words(words), classes[1:-1].tolist()):
             if noun in asked:
                 kind = "nouns" if word == noun else "adjectives"

@@ -11,7 +11,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from config import UserError
 
@@ -147,35 +146,3 @@ def end_workers() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         child.kill()
-
-
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(process_count())]
-        dist.all_gather(parts, x)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad.chunk(process_count())[process_rank()]
-
-
-def all_gather(x: Tensor, dim: int = 0) -> Tensor:
-    """Concatenate every process's x along `dim`, in rank order, with gradients to all of them.
-
-    All processes must hold the same shape. With one process this is the identity.
-    """
-    if process_count() == 1:
-        return x
-    return _AllGather.apply(x.movedim(dim, 0).contiguous()).movedim(0, dim)
-
-
-def gather_triplets(x: Tensor) -> Tensor:
-    """Every process's (J, b, ...) as the T = J * B triplets of the global batch: (T, ...).
-
-    Noun-major: the first noun of all B pairs, then the second of all.
-    """
-    return all_gather(x, dim=1).flatten(0, 1)

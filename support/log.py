@@ -2,12 +2,12 @@
 
 A line of log.jsonl holds `step`; `total` and, as weighted in it, the terms of Eq. 3.8: `kg`,
 `image_contrast`, `region_contrast`, `area`, `area_others`, `smooth_features`, `smooth_masks` (these
-six are L_seg^v), `seg_t`, `hcl`; `lr`; `grad_norm` before clipping; `mask_area`, the mean of all
-soft masks; `image_temperature`, `region_temperature`, `hcl_temperature`, tau of the three
-contrasts; since the line before, `pairs_per_second` and `data_wait`, the share of time spent
-waiting for data; `memory_mb`, the peak so far (the GPU's, or the process's); since the start or the
-last resume, `skipped`, bad pairs by cause (these four are process 0's), and `updates_left_out`,
-those whose gradient was not finite.
+six are L_seg^v), `seg_t`, `hcl`; `lr`; `grad_norm` before clipping; `mask_area`, the mean of the
+soft masks of the pairs' own nouns; `image_temperature`, `region_temperature`, `hcl_temperature`,
+tau of the three contrasts; since the line before, `pairs_per_second` and `data_wait`, the share of
+time spent waiting for data; `memory_mb`, the peak so far (the GPU's, or the process's); since the
+start or the last resume, `skipped`, bad pairs by cause (these five are process 0's), and
+`updates_left_out`, those whose gradient was not finite. null stands for what is not finite.
 """
 
 import json

@@ -9,10 +9,10 @@ from PIL import Image
 from runs import TINY, log, preempt, to_launcher, train
 
 from config import LossConfig, MaskConfig
+from losses import code_loss
 from pamr import pamr
 from segmenter import Segmenter
 from support.device import autocast, choose_device
-from train import global_losses
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
@@ -29,7 +29,7 @@ def step(device: torch.device, precision: torch.dtype) -> tuple[dict, dict]:
     batch = some_batch(random_model()).to(device)
     with autocast(device, precision):
         decomposition = model(batch)
-    terms = global_losses(decomposition, model, batch, LossConfig())
+    terms = code_loss(decomposition, model, LossConfig(), batch.noun_labels)
     terms["total"].backward()
     gradients = {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
     return {name: value.item() for name, value in terms.items()}, gradients
@@ -60,7 +60,7 @@ def gathered(rank: int, port: int, path: str) -> None:
     nouns = [("kite", "ball"), ("bug", "house")] * 2
     mine = slice(2 * rank, 2 * rank + 2)
     batch = some_batch(random_model(), captions[mine], nouns[mine]).to(device)
-    terms = global_losses(model(batch), model, batch, LossConfig())
+    terms = code_loss(model(batch), model, LossConfig(), batch.noun_labels)
     terms["total"].backward()
     if rank == 0:
         torch.save({name: value.item() for name, value in terms.items()}, path)
@@ -78,7 +78,7 @@ def test_processes_that_share_a_gpu_have_the_losses_of_one(tmp_path):
     images = some_batch(random_model(), captions[:2], nouns[:2]).images
     batch.images = torch.cat([images, images])  # both processes drew the same
     batch = batch.to(device)
-    terms = global_losses(model(batch), model, batch, LossConfig())
+    terms = code_loss(model(batch), model, LossConfig(), batch.noun_labels)
     for name, value in torch.load(path).items():
         assert value == pytest.approx(terms[name].item(), rel=1e-4, abs=1e-5), name
 

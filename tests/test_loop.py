@@ -22,18 +22,18 @@ def run_loop(
     """
     model = random_model()
     batch = replace(some_batch(model), position=(0, 0, 1))
-    values, done, losses = [], [], train.global_losses
+    values, done, losses = [], [], train.code_loss
 
-    def with_broken_gradients(decomposition, model, *arguments):
+    def with_broken_gradients(d, model, *arguments):
         values.append(model.image_segmenter.mask_scale.item())
-        terms = losses(decomposition, model, *arguments)
+        terms = losses(d, model, *arguments)
         if len(done) in broken:
             root = (0 * model.image_segmenter.mask_scale).sqrt()  # 0, its derivative infinite
             terms["total"] = terms["total"] + root
         done.append(None)
         return terms
 
-    monkeypatch.setattr(train, "global_losses", with_broken_gradients)
+    monkeypatch.setattr(train, "code_loss", with_broken_gradients)
     config = TrainConfig(out=str(out), steps=steps, batch_size=3, lr=1e-2, log_every=2, warmup=0.0)
     optimizer, scaler = train.make_optimizer(model, config), make_scaler(CPU, precision)
     parts = (model, optimizer, scaler, precision, [batch] * steps, Progress(), [])
@@ -74,13 +74,13 @@ def test_gradients_are_clipped_to_the_norm_that_is_asked_for(tmp_path):
 
 def test_the_second_phase_begins_at_its_step(tmp_path, monkeypatch):
     """Section 3.5: at 60 % of the steps the copy of the last visual block joins."""
-    trains, losses = [], train.global_losses
+    trains, losses = [], train.code_loss
 
-    def watched(decomposition, model, *arguments):
+    def watched(d, model, *arguments):
         trains.append(all(p.requires_grad for p in model.image_segmenter.block.parameters()))
-        return losses(decomposition, model, *arguments)
+        return losses(d, model, *arguments)
 
-    monkeypatch.setattr(train, "global_losses", watched)
+    monkeypatch.setattr(train, "code_loss", watched)
     model = random_model()
     batch = replace(some_batch(model), position=(0, 0, 1))
     config = TrainConfig(out=str(tmp_path), steps=10, batch_size=3)

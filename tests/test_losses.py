@@ -10,7 +10,6 @@ from conftest import random_model, some_batch
 
 import losses
 from config import LossConfig
-from train import global_losses
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -96,30 +95,37 @@ def test_total_variation():
 
 
 def test_pseudo_labels_are_the_likeliest_class_of_real_words():
-    logits = torch.randn(2, 3, 6)
-    labels = losses.pseudo_labels(logits, torch.tensor([5, 3]))
+    logits, position = torch.randn(3, 2, 6), torch.arange(6)
+    is_word = (position > 0) & (position < torch.tensor([[5], [3]]))
+    labels = losses.pseudo_labels(logits, is_word)
     for b, eot in enumerate((5, 3)):
         for i in range(6):
-            want = int(np.argmax(logits[b, :, i])) if 0 < i < eot else -1
+            want = int(np.argmax(logits[:, b, i])) if 0 < i < eot else -1
             assert labels[b, i].item() == want
 
 
-def test_word_mask_loss():
-    logits = torch.randn(2, 3, 6)
+def test_word_cross_entropy():
+    logits = torch.randn(3, 2, 6)
     labels = torch.tensor([[-1, 0, 1, 2, 0, -1], [-1, 2, 2, -1, -1, -1]])
-    got = losses.word_mask_loss(losses.word_statistics(logits, labels, 0.5)).item()
+    losses_of, weights = losses.word_cross_entropy(logits, labels, 0.5)
+    got = (losses_of.sum() / weights.sum()).item()
     above = below = 0.0
     for b in range(2):
         for i in range(6):
             label = int(labels[b, i])
             if label >= 0:
                 weight = 0.5 if label == 0 else 1.0
-                total = sum(math.exp(float(logits[b, k, i])) for k in range(3))
-                above -= weight * (float(logits[b, label, i]) - math.log(total))
+                total = sum(math.exp(float(logits[k, b, i])) for k in range(3))
+                above -= weight * (float(logits[label, b, i]) - math.log(total))
                 below += weight
     assert got == pytest.approx(above / below, rel=1e-5)
-    nothing = losses.word_statistics(logits, torch.full((2, 6), -1), 0.5)
-    assert losses.word_mask_loss(nothing).item() == 0
+
+
+def test_a_batch_without_a_labelled_word_has_no_text_loss(model):
+    batch = some_batch(model)
+    labels = torch.full_like(batch.noun_labels, -1)
+    terms = losses.loss_seg_t(model(batch), labels, LossConfig(pseudo_labels="release"))
+    assert terms["seg_t"].item() == 0
 
 
 @pytest.mark.parametrize("labels", ["thesis", "release"])
@@ -129,34 +135,36 @@ def test_eq_3_8_is_the_weighted_sum_of_the_parts(model, labels):
     config = LossConfig(
         lambda_kg=1.1, lambda_seg_v=1.3, lambda_seg_t=1.7, lambda_hcl=1.9, pseudo_labels=labels
     )
-    terms = global_losses(d, model, batch, config)
-    n, areas = d.n.detach(), d.masks.mean((-2, -1)).detach()
+    terms = losses.code_loss(d, model, config, batch.noun_labels)
+    n = d.n.detach().flatten(0, 1)
+    masks = model.image_segmenter.mask_logits(d.x_v, n).sigmoid()
+    areas = masks.mean((-2, -1)).detach()
     image_scale, region_scale = (
         model.image_log_scale.exp().item(),
         model.region_log_scale.exp().item(),
     )
-    regions = losses.region_cosines(d.x_v, d.masks, d.n).detach().repeat(2, 1).numpy()
+    regions = losses.region_cosines(d.x_v, masks, n).detach().repeat(2, 1).numpy()
     own, others = losses.area_losses(areas, config.area_prior)
     e_v = d.e_v.flatten(0, 1)
     seg_v = (
-        0.1 * naive_symmetric((e_v @ d.n.T).detach().numpy() * image_scale)
+        0.1 * naive_symmetric((e_v @ n.T).detach().numpy() * image_scale)
         + 0.1 * naive_symmetric(regions * region_scale)
         + 0.5 * own.item()
         + 0.05 * others.item()
         + losses.total_variation(d.x_v.movedim(-1, 1)).mean().item()
-        + losses.total_variation(d.masks).mean().item()
+        + losses.total_variation(masks).mean().item()
     )
     targets = batch.noun_labels
     if labels == "thesis":
-        targets = losses.pseudo_labels(d.word_logits, batch.caption_tokens.argmax(-1))
-    words = losses.word_statistics(d.word_logits, targets, 0.5)
+        targets = losses.pseudo_labels(d.word_logits, d.is_word)
+    words, weights = losses.word_cross_entropy(d.word_logits, targets, 0.5)
     hcl = naive_symmetric(
         (e_v @ d.e_t.flatten(0, 1).T).detach().numpy() * model.hcl_log_scale.exp().item()
     )
     want = (
-        1.1 * losses.knowledge_loss(n, d.n_knowledge.flatten(0, 1)).item()
+        1.1 * losses.knowledge_loss(n, d.n_prime.flatten(0, 1)).item()
         + 1.3 * seg_v
-        + 1.7 * losses.word_mask_loss(words).item()
+        + 1.7 * (words.sum() / weights.sum()).item()
         + 1.9 * hcl
     )
     assert terms["total"].item() == pytest.approx(want, rel=1e-5)
@@ -168,5 +176,5 @@ def test_eq_3_8_is_the_weighted_sum_of_the_parts(model, labels):
 def test_the_baseline_has_neither_text_nor_alignment_losses():
     model = random_model(co_decomposition=False)
     batch = some_batch(model)
-    terms = global_losses(model(batch), model, batch, LossConfig())
+    terms = losses.code_loss(model(batch), model, LossConfig())
     assert "seg_t" not in terms and "hcl" not in terms

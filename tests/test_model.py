@@ -1,5 +1,7 @@
 """Equations 3.2 to 3.6 and the two segmenters, against loops in NumPy written from the thesis."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -32,21 +34,21 @@ def test_eq_3_2_word_logits(model):
                 dot = sum(
                     float(x_t[caption, i, c]) * float(nouns[j, caption, c]) for c in range(64)
                 )
-                assert got[caption, 1 + j, i] == pytest.approx(w * dot + b, rel=1e-4, abs=1e-4)
-    assert (got[:, 0] == 0).all()  # "none"
+                assert got[1 + j, caption, i] == pytest.approx(w * dot + b, rel=1e-4, abs=1e-4)
+    assert (got[0] == 0).all()  # "none"
 
 
 def test_eq_3_3_word_mask():
-    logits = torch.randn(2, 3, 4) * 3
-    none = torch.zeros(2, 1, 4)
-    got = m.word_mask(torch.cat([none, logits], dim=1))
+    logits = torch.randn(3, 2, 4) * 3
+    none = torch.zeros(1, 2, 4)
+    got = m.word_mask(torch.cat([none, logits]))
     for caption in range(2):
         for i in range(4):
-            below = 1 + sum(np.exp(float(logits[caption, j, i])) for j in range(3))
+            below = 1 + sum(np.exp(float(logits[j, caption, i])) for j in range(3))
             for j in range(3):
-                want = np.exp(float(logits[caption, j, i])) / below
-                assert got[caption, j, i].item() == pytest.approx(want, rel=1e-5)
-            rest = 1 - got[caption, :, i].sum().item()  # of "none"
+                want = np.exp(float(logits[j, caption, i])) / below
+                assert got[j, caption, i].item() == pytest.approx(want, rel=1e-5)
+            rest = 1 - got[:, caption, i].sum().item()  # of "none"
             assert rest == pytest.approx(1 / below, rel=1e-4, abs=1e-6)
 
 
@@ -108,6 +110,20 @@ def test_text_segmenter_looks_both_ways_at_real_tokens_only(model):
         assert torch.equal(before[0, :6], model.text_segmenter(changed, eot)[0, :6])
         changed[0, 5] += torch.randn(64)  # a later word
         assert not torch.allclose(before[0, 1], model.text_segmenter(changed, eot)[0, 1])
+
+
+def test_a_block_at_one_position_is_the_block_there():
+    """E^v is read at the class token and E^t at EOT: their last block is computed there alone."""
+    block = ResidualAttentionBlock(32, 4, act_layer=QuickGELU).double()
+    x, at = torch.randn(3, 6, 32, dtype=torch.double, requires_grad=True), torch.tensor([0, 5, 2])
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()
+    for mask, mask_at in ((None, None), (causal, causal[at][:, None, None])):
+        whole, alone = transformer_block(block, x, mask), transformer_block(block, x, mask_at, at)
+        want = torch.stack([whole[i, p] for i, p in enumerate(at)])[:, None]
+        assert alone.shape == (3, 1, 32) and torch.allclose(alone, want, atol=1e-12)
+        inputs = [x, *block.parameters()]
+        for a, b in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (want, alone))):
+            assert torch.allclose(a, b, atol=1e-10)
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -216,23 +232,26 @@ def test_forward_is_made_of_the_named_functions(model):
         x_t = model.text_segmenter(text_hidden(clip, embeddings), eot)
         for j in range(2):
             for i in range(3):
-                t = j * 3 + i
                 n = model.noun_embedding(m.noun_prompts([NOUNS[i][j]], 4))
-                assert torch.allclose(d.n[t], n[0], atol=1e-5)
+                assert torch.allclose(d.n[j, i], n[0], atol=1e-5)
                 scale, bias = model.image_segmenter.mask_scale, model.image_segmenter.mask_bias
                 soft = torch.sigmoid(scale * (x_v[i] @ n[0]) + bias)
-                assert torch.allclose(d.masks[i, t], soft, atol=1e-5)
+                assert torch.allclose(d.soft_v[j, i], soft, atol=1e-5)
                 hard = (soft > 0.5).float()
+                assert torch.allclose(d.m_v[j, i], hard, atol=1e-6)
                 image = m.highlight_image(
                     batch.images[i : i + 1], hard[None, None], model.region_prompt
                 )
+                assert torch.allclose(d.h_v[j, i], image[0, 0], atol=1e-5)
                 assert torch.allclose(d.e_v[j, i], image_embedding(clip, image[0])[0], atol=1e-5)
-                both = torch.stack([d.n[i], d.n[3 + i]])[:, None]
+                both = d.n[:, i : i + 1]
                 logits = model.text_segmenter.word_logits(x_t[i : i + 1], both)
-                m_t = m.word_mask(logits)[0, j]
+                m_t = m.word_mask(logits)[j, 0]
+                assert torch.allclose(d.m_t[j, i], m_t, atol=1e-5)
                 text = m.highlight_text(
                     embeddings[i : i + 1], m_t[None, None], model.word_prompt, eot[i : i + 1]
                 )
+                assert torch.allclose(d.h_t[j, i], text[0, 0], atol=1e-5)
                 want = m.text_embedding(clip, text[0], eot[i : i + 1])[0]
                 assert torch.allclose(d.e_t[j, i], want, atol=1e-5)
 
@@ -243,11 +262,20 @@ def test_order_of_nouns_and_of_pairs_does_not_matter(model):
         d = model(batch)
         swapped = some_batch(model, nouns=[pair[::-1] for pair in NOUNS])
         e = model(swapped)
-    exchange = torch.tensor([3, 4, 5, 0, 1, 2])
-    for a, b in ((d.n, e.n), (d.e_v.flatten(0, 1), e.e_v.flatten(0, 1))):
-        assert torch.allclose(a, b[exchange], atol=1e-5)
-    assert torch.allclose(d.e_t, e.e_t.flip(0), atol=1e-5)
-    assert torch.allclose(d.masks, e.masks[:, exchange], atol=1e-5)
+    for name in ("n", "soft_v", "m_v", "h_v", "e_v", "m_t", "h_t", "e_t"):
+        a, b = getattr(d, name), getattr(e, name).flip(0)
+        assert torch.allclose(a, b, atol=1e-5), name
+    with torch.no_grad():
+        order = [2, 0, 1]
+        moved = replace(
+            batch,
+            images=batch.images[order],
+            caption_tokens=batch.caption_tokens[order],
+            noun_tokens=batch.noun_tokens.unflatten(0, (2, 3))[:, order].flatten(0, 1),
+        )
+        e = model(moved)
+    for name in ("n", "soft_v", "m_v", "h_v", "e_v", "m_t", "h_t", "e_t"):
+        assert torch.allclose(getattr(d, name)[:, order], getattr(e, name), atol=1e-5), name
 
 
 def test_ablations_learn_what_they_say():
@@ -269,12 +297,12 @@ def test_ablations_learn_what_they_say():
 def test_bare_noun_embeddings_stand_in_for_word_segments():
     model = random_model(word_segments=False)
     d = model(some_batch(model))
-    assert d.word_logits is None and torch.equal(d.e_t.flatten(0, 1), d.n)
+    assert d.word_logits is None and torch.equal(d.e_t, d.n)
 
 
 def test_gradients_reach_every_learned_tensor_and_clip_has_none(model):
     d = model(some_batch(model))
-    (d.e_v.sum() + d.e_t.sum() + d.word_logits.sum() + d.masks.sum()).backward()
+    (d.e_v.sum() + d.e_t.sum() + d.word_logits.sum() + d.soft_v.sum()).backward()
     without = [
         name
         for name, p in model.named_parameters()

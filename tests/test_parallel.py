@@ -15,9 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoints.ours import Progress, read_checkpoint
 from config import LossConfig, TrainConfig
 from data import Batch
+from losses import code_loss, gather, gather_triplets
 from support.device import make_scaler
-from support.distributed import all_gather, gather_triplets, stop_processes
-from train import global_losses, logistic_noise, make_optimizer, train
+from support.distributed import stop_processes
+from train import logistic_noise, make_optimizer, train
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +57,7 @@ def gradients(rank: int, processes: int, last_block: bool, labels: str) -> dict:
     wrapped = DistributedDataParallel(model) if processes > 1 else model
     noise = logistic_noise(2, PAIRS // processes, (16, 16), seed=5, step=9, device=CPU)
     d = wrapped(batch, noise)
-    terms = global_losses(d, model, batch, LossConfig(pseudo_labels=labels))
+    terms = code_loss(d, model, LossConfig(pseudo_labels=labels), batch.noun_labels)
     terms["total"].backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"total": terms["total"].detach()} | found
@@ -130,7 +131,7 @@ def test_ten_steps_of_two_processes_are_those_of_one(tmp_path):
 def gather_work(rank: int, port: int, path: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     x = torch.arange(6.0).view(3, 2).add(10 * rank).requires_grad_()
-    everything = all_gather(x)
+    everything = gather(x)
     weight = torch.arange(12.0).view(6, 2)
     (everything * weight).sum().backward()
     triplets = gather_triplets(torch.tensor([[[0.0], [1.0]], [[2.0], [3.0]]]) + 10 * rank)

@@ -13,10 +13,11 @@ from PIL import Image
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from config import LossConfig, MaskConfig, UserError
+from losses import code_loss
 from pamr import neighbours
 from segmenter import Segmenter
 from support.device import autocast, choose_device, choose_precision
-from train import global_losses, logistic_noise
+from train import logistic_noise
 
 
 def losses_of(model, batch, precision: torch.dtype) -> dict[str, torch.Tensor]:
@@ -24,8 +25,8 @@ def losses_of(model, batch, precision: torch.dtype) -> dict[str, torch.Tensor]:
     with autocast(CPU, precision):
         decomposition = model(batch, noise)
     for name, value in vars(decomposition).items():
-        assert value.dtype == torch.float32, name
-    return global_losses(decomposition, model, batch, LossConfig())
+        assert value.dtype == (torch.bool if name == "is_word" else torch.float32), name
+    return code_loss(decomposition, model, LossConfig(), batch.noun_labels)
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
@@ -138,9 +139,10 @@ def test_a_step_on_a_fake_gpu(precision, labels, fake_cuda):
         noise = torch.rand(2, 3, 16, 16, device="cuda:0")
         with autocast(torch.device("cuda", 0), precision):
             decomposition = model(batch, noise)
-        terms = global_losses(decomposition, model, batch, LossConfig(pseudo_labels=labels))
+        terms = code_loss(decomposition, model, LossConfig(pseudo_labels=labels), batch.noun_labels)
         for name, value in (vars(decomposition) | terms).items():
-            assert value.device.type == "cuda" and value.dtype == torch.float32, name
+            kind = torch.bool if name == "is_word" else torch.float32
+            assert value.device.type == "cuda" and value.dtype == kind, name
         with pytest.raises(DataDependentOutputException):
             terms["total"].item()  # so a hidden synchronisation would have been noticed
 

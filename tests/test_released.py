@@ -17,10 +17,9 @@ from checkpoints.released import rebuild_released, rename_released
 from clip import visual_hidden
 from config import LossConfig, MaskConfig, UserError
 from data import Batch, collate
-from model import word_mask
+from losses import code_loss
 from pamr import pamr
 from segmenter import Segmenter
-from train import global_losses
 
 GOLDEN = golden.folder()
 TRIPLES = sorted(path.stem for path in GOLDEN.glob("*.json"))
@@ -113,20 +112,23 @@ def test_training_step(name):
     model.train()
     decomposition = model(batch, noise=None)
     with torch.no_grad():
-        np.testing.assert_allclose(decomposition.n, expected["noun_embedding"], atol=1e-5)
-        masks = decomposition.masks.repeat(len(by_noun), 1, 1, 1)
+        n = decomposition.n.flatten(0, 1)
+        np.testing.assert_allclose(n, expected["noun_embedding"], atol=1e-5)
+        masks = model.image_segmenter.mask_logits(decomposition.x_v, n).sigmoid()
+        masks = masks.repeat(len(by_noun), 1, 1, 1)
         np.testing.assert_allclose(masks, expected["train_mask_soft_all"], atol=1e-5)
         triplets = torch.arange(len(masks))
         soft = masks[triplets, triplets][:, None]
+        np.testing.assert_allclose(decomposition.soft_v.flatten(0, 1), soft[:, 0], atol=1e-6)
         np.testing.assert_allclose(soft, expected["train_mask_soft_pos"], atol=1e-5)
         np.testing.assert_array_equal(soft > 0.5, expected["train_mask_pos"] > 0.5)
-        m_t = word_mask(decomposition.word_logits).transpose(0, 1).flatten(0, 1)
+        m_t = decomposition.m_t.flatten(0, 1)
         eot = batch.caption_tokens.argmax(-1).repeat(len(by_noun))
         for row, want, end in zip(m_t, expected["word_mask"], eot):
             np.testing.assert_allclose(row[: end + 1], want[: end + 1], atol=1e-5)
 
     config = LossConfig(lambda_kg=4.0, pseudo_labels="release")
-    terms = global_losses(decomposition, model, batch, config)
+    terms = code_loss(decomposition, model, config, batch.noun_labels)
     check_losses_and_gradients(model, terms, expected, more_than=40)
 
 
@@ -156,7 +158,7 @@ def test_training_step_as_released():
     assert model.config.text_attention == "all"
     batch = golden_batch(facts, step["train_image"], len(model.context))
     decomposition = model(batch, noise=None)
-    m_t = word_mask(decomposition.word_logits).transpose(0, 1).flatten(0, 1).detach()
+    m_t = decomposition.m_t.flatten(0, 1).detach()
     eot = batch.caption_tokens.argmax(-1).repeat(len(facts["nouns"]))
     shifted = 0.0
     for row, want, words, end in zip(m_t, expected["word_mask"], step["word_mask"], eot):
@@ -164,7 +166,7 @@ def test_training_step_as_released():
         shifted = max(shifted, np.abs(want - words)[: end + 1].max())
     assert shifted > 0.005  # the values do tell the two apart
     config = LossConfig(lambda_kg=4.0, pseudo_labels="release")
-    terms = global_losses(decomposition, model, batch, config)
+    terms = code_loss(decomposition, model, config, batch.noun_labels)
     check_losses_and_gradients(model, terms, expected, more_than=20)
 
 
