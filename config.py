@@ -322,7 +322,7 @@ def _add_option(group: argparse._ArgumentGroup, f) -> None:
         group.add_argument(flag, type=kind, default=default, help=text + shown)
 
 
-def run(main: Callable[[], None]) -> None:
+def run_script(main: Callable[[], None]) -> None:
     """Run a script's main; a UserError becomes one line on stderr and exit code 2."""
     try:
         main()

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from checkpoints import load_method
-from config import MASK_PRESETS, EvalConfig, MaskConfig, TrainConfig, UserError, parse, run
+from config import MASK_PRESETS, EvalConfig, MaskConfig, TrainConfig, UserError, parse, run_script
 from datasets import IGNORED, THESIS_DATASETS, Benchmark, load_benchmark, read_ahead
 from datasets.predictions import check_predictions, folder_of, read_prediction
 from datasets.protocols import completed, described, with_words
@@ -164,4 +164,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

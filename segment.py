@@ -26,7 +26,7 @@ from PIL import Image
 
 from checkpoints import load_method
 from clip import SHAPES_ARCHITECTURE, noun_prompts, tokenize, tokens_of
-from config import MASK_PRESETS, MaskConfig, UserError, check_ranges, option, parse, run
+from config import MASK_PRESETS, MaskConfig, UserError, check_ranges, option, parse, run_script
 from data import nltk_tagger, select_nouns, shapes_tagger
 from datasets.protocols import (
     alternatives,
@@ -320,4 +320,4 @@ def summary(found: dict) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

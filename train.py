@@ -8,17 +8,16 @@ Examples:
 
 import json
 import math
-import time
 import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
-from checkpoints.ours import Progress, model_content, resume_run, save_checkpoint, save_run
+from checkpoints.ours import Run, model_content, resume_run, save_checkpoint, save_run
 from clip import load_clip
 from config import (
     MASK_PRESETS,
@@ -30,9 +29,9 @@ from config import (
     TrainConfig,
     UserError,
     parse,
-    run,
+    run_script,
 )
-from data import PairStream, make_loader, nltk_tagger, shapes_tagger
+from data import Batch, PairStream, make_loader, nltk_tagger, shapes_tagger
 from datasets import load_benchmark
 from evaluate import evaluate, make_segmenter
 from losses import code_loss
@@ -86,14 +85,15 @@ def make_optimizer(model: CoDe, config: TrainConfig) -> torch.optim.AdamW:
     )
 
 
-def logistic_noise(
-    nouns: int, pairs: int, grid: tuple[int, int], seed: int, step: int, device: torch.device
-) -> Tensor:
-    """Noise of the Gumbel-sigmoid for this process's b pairs with J nouns: (J, b, *grid).
+def logistic_noise(model: CoDe, batch: Batch, seed: int, step: int) -> Tensor:
+    """Noise of the Gumbel-sigmoid for the hard masks of this process's batch: (J, b, H, W).
 
     It is drawn for the global batch from the seed and the step, so that it depends neither on how
     many processes share the batch nor on whether the run was interrupted before this step.
     """
+    pairs, device = len(batch.images), model.context.device
+    nouns = len(batch.noun_tokens) // pairs
+    grid = [model.config.cells_per_patch * side for side in model.clip.visual.grid_size]
     generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
     shape = (nouns, pairs * process_count(), *grid)
     uniform = torch.rand(shape, generator=generator, device=device).clamp(1e-6, 1 - 1e-6)
@@ -159,12 +159,11 @@ def main() -> None:
         clip = load_clip(model_config.clip, model_config.clip_weights)
 
     model = CoDe(clip, model_config).to(device)
-    optimizer = make_optimizer(model, config)
-    scaler = make_scaler(device, precision)
-    progress = Progress(data=zlib.crc32("\n".join(source.names).encode()))
+    parts = (make_optimizer(model, config), make_scaler(device, precision))
+    data = zlib.crc32("\n".join(source.names).encode())
+    run = Run(model, *parts, config, loss_config, precision, data=data)
     if config.resume:
-        last = Path(config.out, "last.pt")
-        resume_run(last, model, optimizer, scaler, progress, config, loss_config)
+        resume_run(run, Path(config.out, "last.pt"))
     stream = PairStream(
         source,
         tagger,
@@ -177,105 +176,85 @@ def main() -> None:
         rank=process_rank(),
         processes=process_count(),
         with_released_labels=loss_config.pseudo_labels == "release",
-        start=progress.offsets,
-        next_worker=progress.next_worker,
+        start=run.offsets,
+        next_worker=run.next_worker,
     )
     if process_rank() == 0:
         configs = {"train": config, "model": model_config, "loss": loss_config}
         configs = {name: asdict(value) for name, value in configs.items()}
         save_text(json.dumps(configs, indent=1), Path(config.out, "config.json"))
-    loader = make_loader(stream, config.workers, pin_memory=device.type == "cuda")
     smaller = "a smaller --batch-size, or more processes that share it"
     fewer = (
         "often memory or shared memory ran out; fewer --workers need less, --workers 0 no shared "
         f"memory; --resume goes on from {config.out}/last.pt if there is one"
     )
-    parts = (model, optimizer, scaler, precision, loader, progress, stopping)
     try:
         with enough_memory(smaller), lost_processes(fewer):
-            train(*parts, config, loss_config)
+            train(run, make_loader(stream, config.workers, device.type == "cuda"), stopping)
     finally:
         end_workers()
     stop_processes()
 
 
-def train(
-    model: CoDe,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    precision: torch.dtype,
-    loader: DataLoader,
-    progress: Progress,
-    stopping: list[float],
-    config: TrainConfig,
-    loss_config: LossConfig,
-) -> None:
-    """The loop of section 3.5, from `progress` to the last step or until a signal asks to stop."""
+def train(run: Run, loader: Iterable[Batch | UserError], stopping: Sequence[float] = ()) -> None:
+    """The loop of section 3.5, from `run.step` to the last step or until a signal asks to stop."""
+    model, optimizer, scaler, config = run.model, run.optimizer, run.scaler, run.config
     out, device, batches = Path(config.out), model.context.device, iter(loader)
-    unfreeze_step = round(config.unfreeze * config.steps)
-    grid = tuple(model.config.cells_per_patch * side for side in model.clip.visual.grid_size)
     learned = [p for name, p in model.named_parameters() if not name.startswith("clip.")]
-    amp = autocast(device, precision)
-    log, ddp = Log(out, config, progress.step, writes=process_rank() == 0), None
+    unfreeze_step = round(config.unfreeze * config.steps)
+    log, ddp = Log(out, config, run.step, writes=process_rank() == 0), None
     model.train()
 
-    while progress.step < config.steps:
+    def every(steps: int) -> bool:
+        return run.step % steps == 0 or run.step == config.steps
+
+    while run.step < config.steps:
         # Two phases: the copy of the last visual block joins in the second.
-        if ddp is None or progress.step == unfreeze_step:
-            model.image_segmenter.block.requires_grad_(progress.step >= unfreeze_step)
-            # CLIP's buffers are constant: nothing to broadcast.
-            several = process_count() > 1
-            ddp = DistributedDataParallel(model, broadcast_buffers=False) if several else model
-        rate = learning_rate(progress.step, config)
+        if ddp is None or run.step == unfreeze_step:
+            model.image_segmenter.block.requires_grad_(run.step >= unfreeze_step)
+            ddp = model
+            if process_count() > 1:  # CLIP's buffers are constant: nothing to broadcast
+                ddp = DistributedDataParallel(model, broadcast_buffers=False)
+        rate = learning_rate(run.step, config)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-        asked = time.perf_counter()
-        batch = next(batches)
-        log.waited += time.perf_counter() - asked
-        if isinstance(batch, UserError):
-            raise batch
-        reader, *offset = batch.position
-        progress.offsets[reader] = tuple(offset)
-        progress.next_worker = (progress.next_worker + 1) % max(1, config.workers)
-        log.skipped += batch.skipped
+        batch = log.wait_for(batches)
+        run.follow(batch.position)
         batch = batch.to(device)
-
-        size = (config.nouns, len(batch.images), grid)
-        noise = logistic_noise(*size, config.seed, progress.step, device)
-        with amp:
+        noise = logistic_noise(model, batch, config.seed, run.step)
+        with autocast(device, run.precision):
             d = ddp(batch, noise)
-        terms = code_loss(d, model, loss_config, batch.noun_labels)
+        terms = code_loss(d, model, run.loss_config, batch.noun_labels)  # Eq. 3.8
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(terms["total"]).backward()
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(learned, config.max_grad_norm)
         scaler.step(optimizer)  # leaves the weights alone if a gradient is not finite
-        update_scale(scaler, device, precision)
+        update_scale(scaler, device, run.precision)
         log.record(terms, norm)
-        progress.step += 1
+        run.step += 1
 
-        last, stop = progress.step == config.steps, any_process(bool(stopping))
-        if progress.step % config.log_every == 0 or last or stop:
+        stop = any_process(bool(stopping))
+        evaluates = config.eval_dataset is not None and every(config.eval_every)
+        if every(config.log_every) or stop:
             more = {"grad_norm": norm, "mask_area": d.soft_v.mean()}
             more |= {f"{k}_temperature": 1 / scale for k, scale in model.logit_scales().items()}
-            log.write(progress.step, rate, terms, more)
-        run_state = (model, optimizer, scaler, progress, config, loss_config)
-        evaluates = config.eval_dataset and (progress.step % config.eval_every == 0 or last)
-        if progress.step % config.checkpoint_every == 0 or last or stop or evaluates:
-            save_run(out / "last.pt", *run_state)
+            log.write(run.step, rate, terms, more)
+        if every(config.checkpoint_every) or evaluates or stop:
+            save_run(run, out / "last.pt")
         if evaluates:  # after saving: whatever happens in it, the steps are kept
             reached = evaluate_model(model, config)
-            if reached > progress.best and process_rank() == 0:
+            if reached > run.best and process_rank() == 0:
                 save_checkpoint(model_content(model) | {"mIoU": reached}, out / "best.pt")
-            progress.best = max(progress.best, reached)
-            save_run(out / "last.pt", *run_state)
+            run.best = max(run.best, reached)
+            save_run(run, out / "last.pt")
         if stop:
             break
     log.close()
     if process_rank() == 0:
-        print(f"{out}/last.pt: step {progress.step} of {config.steps}")
+        print(f"{out}/last.pt: step {run.step} of {config.steps}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -121,30 +121,43 @@ def load_learned(model: CoDe, state: dict[str, torch.Tensor], path: str | Path) 
 
 
 @dataclass
-class Progress:
-    """How far a training run is. Beside the weights and the optimizer it is all that changes."""
+class Run:
+    """A training run: what it consists of, its options, and how far it is.
 
+    There is no random state among it: all that is random follows from the seed and the step.
+    """
+
+    model: CoDe
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    config: TrainConfig
+    loss_config: LossConfig
+    precision: torch.dtype = torch.float32
     step: int = 0
     best: float = -1.0  # the highest mIoU of its evaluations
     offsets: dict[int, tuple[int, ...]] = field(default_factory=dict)  # reader: epoch, offset
     next_worker: int = 0  # which loader worker delivers the next batch
     data: int = 0  # checksum of the file names of its data, wherever these lie
 
+    def follow(self, position: tuple[int, ...]) -> None:
+        """Note where the reader of a batch now is, and whose turn is next."""
+        reader, *offset = position
+        self.offsets[reader] = tuple(offset)
+        self.next_worker = (self.next_worker + 1) % max(1, self.config.workers)
 
-def save_run(
-    path: Path,
-    model: CoDe,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    progress: Progress,
-    config: TrainConfig,
-    loss_config: LossConfig,
-) -> None:
-    """Write all that a run needs to go on; process 0 gathers the offsets of everybody's readers.
 
-    There is no random state among it: all that is random follows from the seed and the step.
-    """
-    offsets = progress.offsets
+PROGRESS = ("step", "best", "next_worker", "data")
+# Options that may differ when a run goes on: none of them changes what is learned.
+FREE = (
+    *("out", "device", "workers", "timeout", "resume", "log_every", "checkpoint_every"),
+    *("tensorboard", "eval_dataset", "eval_root", "eval_every", "eval_limit"),
+    *("pairs", "shards", "clip_weights"),  # may have moved
+)
+
+
+def save_run(run: Run, path: str | Path) -> None:
+    """Write all that a run needs to go on; process 0 gathers the offsets of everybody's readers."""
+    offsets = run.offsets
     if process_count() > 1:
         parts: list = [None] * process_count()
         dist.all_gather_object(parts, offsets)
@@ -153,25 +166,18 @@ def save_run(
             for reader, offset in part.items():
                 offsets[reader] = max(offsets.get(reader, offset), offset)
     if process_rank() == 0:
-        content = model_content(model) | {
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
+        content = model_content(run.model) | {
+            "optimizer": run.optimizer.state_dict(),
+            "scaler": run.scaler.state_dict(),
+            "train_config": asdict(run.config),
+            "loss_config": asdict(run.loss_config),
             "processes": process_count(),
-            "train_config": asdict(config),
-            "loss_config": asdict(loss_config),
+            "offsets": offsets,
         }
-        save_checkpoint(content | vars(progress) | {"offsets": offsets}, path)
+        save_checkpoint(content | {name: getattr(run, name) for name in PROGRESS}, path)
 
 
-def resume_run(
-    path: Path,
-    model: CoDe,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    progress: Progress,
-    config: TrainConfig,
-    loss_config: LossConfig,
-) -> None:
+def resume_run(run: Run, path: str | Path) -> None:
     """Load a run to go on with. Raises UserError naming the fields in which it was another one.
 
     With other readers than before (more or fewer processes or workers) the shares of the data are
@@ -180,36 +186,34 @@ def resume_run(
     content = read_checkpoint(path)
     if "step" not in content:
         raise UserError(f"--resume: {path} is a model, not a run that can go on")
-    for before, now in (("places", "offsets"), ("turn", "next_worker")):  # earlier names
-        content.setdefault(now, content.get(before))
-    free = ("out", "device", "workers", "log_every", "checkpoint_every", "resume", "timeout")
-    free += ("tensorboard", "eval_dataset", "eval_root", "eval_every", "eval_limit")
-    free += ("pairs", "shards", "clip_weights")  # may have moved
-    given = {"train_config": config, "model_config": model.config, "loss_config": loss_config}
+    given = {
+        "train_config": run.config,
+        "model_config": run.model.config,
+        "loss_config": run.loss_config,
+    }
     differing = [
-        f"{name} was {before}, is {value}"
+        f"{name} was {content[part].get(name)}, is {value}"
         for part, now in given.items()
         for name, value in asdict(now).items()
-        # An earlier version that lacked a field did what is now its default.
-        if (before := content[part].get(name, getattr(type(now), name))) != value
-        and name not in free
+        if content[part].get(name) != value and name not in FREE
     ]
-    if content.get("data", progress.data) != progress.data:
+    if content["data"] != run.data:
         differing.append("the data has other files")
     if differing:
         raise UserError(f"--resume: {path} is of another configuration: {'; '.join(differing)}")
-    check_clip(content, model, path)
-    load_learned(model, content["model"], path)
-    optimizer.load_state_dict(content["optimizer"])
-    scaler.load_state_dict(content["scaler"])
+    check_clip(content, run.model, path)
+    load_learned(run.model, content["model"], path)
+    run.optimizer.load_state_dict(content["optimizer"])
+    run.scaler.load_state_dict(content["scaler"])
+    run.offsets = content["offsets"]
+    for name in PROGRESS:
+        setattr(run, name, content[name])
 
-    for name in ("step", "best", "offsets", "next_worker"):
-        setattr(progress, name, content[name])
     before = content["processes"] * max(1, content["train_config"]["workers"])
-    if before != (readers := process_count() * max(1, config.workers)):
-        latest = max((epoch for epoch, *_ in progress.offsets.values()), default=-1)
-        progress.offsets = {reader: (latest + 1,) for reader in range(readers)}
-        progress.next_worker = 0
+    if before != (readers := process_count() * max(1, run.config.workers)):
+        latest = max((epoch for epoch, *_ in run.offsets.values()), default=-1)
+        run.offsets = {reader: (latest + 1,) for reader in range(readers)}
+        run.next_worker = 0
         if process_rank() == 0:
             now = f"{process_count()} now, or other workers"
             print(f"{content['processes']} processes before, {now}: next epoch of the data")

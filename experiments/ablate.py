@@ -27,7 +27,7 @@ from PIL import Image
 
 from checkpoints.ours import fingerprint, read_checkpoint
 from clip import load_clip
-from config import MASK_PRESETS, TRAIN_PRESETS, UserError, option, parse, run
+from config import MASK_PRESETS, TRAIN_PRESETS, UserError, option, parse, run_script
 from datasets import load_benchmark, shapes
 from experiments.measure import (
     THRESHOLDS,
@@ -327,4 +327,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -30,7 +30,16 @@ import torch.nn.functional as F
 from PIL import Image
 
 from clip import embed_texts, load_clip, tokenize, visual_hidden
-from config import LossConfig, MaskConfig, ModelConfig, TrainConfig, UserError, option, parse, run
+from config import (
+    LossConfig,
+    MaskConfig,
+    ModelConfig,
+    TrainConfig,
+    UserError,
+    option,
+    parse,
+    run_script,
+)
 from data import Batch, PairStream, collate, make_loader, nltk_tagger
 from datasets import ade20k, coco_stuff, voc
 from dense import DENSE
@@ -327,4 +336,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import clip as clip_module
 from clip import SHAPES_WEIGHTS, load_clip, visual_hidden
-from config import MASK_PRESETS, TRAIN_PRESETS, MaskConfig, ModelConfig, option, parse, run
+from config import MASK_PRESETS, TRAIN_PRESETS, MaskConfig, ModelConfig, option, parse, run_script
 from datasets import shapes
 from evaluate import make_segmenter
 from experiments.measure import mean_ious, to_input
@@ -84,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -20,7 +20,7 @@ from pathlib import Path
 from PIL import Image
 
 from checkpoints.ours import read_checkpoint
-from config import TRAIN_PRESETS, EvalConfig, UserError, option, parse, run
+from config import TRAIN_PRESETS, EvalConfig, UserError, option, parse, run_script
 from data import select_nouns, shapes_tagger
 from datasets import Benchmark, shapes
 from evaluate import evaluate
@@ -177,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from config import UserError, option, parse, run
+from config import UserError, option, parse, run_script
 from datasets.protocols import PROTOCOLS
 from dense import DENSE
 from experiments.measure import mean_and_deviation, mean_ious, segmenter_of
@@ -85,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -43,7 +43,7 @@ from clip import (
     tokenize,
     visual_hidden,
 )
-from config import option, parse, run
+from config import option, parse, run_script
 from datasets import shapes
 from experiments.measure import (
     dense_accuracy,
@@ -327,4 +327,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

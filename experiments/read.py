@@ -30,7 +30,7 @@ from config import (
     UserError,
     option,
     parse,
-    run,
+    run_script,
 )
 from datasets.protocols import completed
 from experiments import read_figures as drawn
@@ -288,4 +288,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -15,7 +15,9 @@ import math
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +57,19 @@ class Log:
         self.recent: list[Tensor] = []  # loss terms and gradient norm of the steps since then
         self.left_out = self.left_out_in_a_row = 0  # updates whose gradient was not finite
         self.start, self.step = time.perf_counter(), step
+
+    def wait_for(self, batches: Iterator) -> Any:
+        """The next batch, with the time until it comes and what was skipped on the way noted.
+
+        Raises the UserError that a reader sends instead where the data is unusable.
+        """
+        asked = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - asked
+        if isinstance(batch, UserError):
+            raise batch
+        self.skipped += batch.skipped
+        return batch
 
     def keep_lines_up_to(self, step: int) -> None:
         """Drop what came after the checkpoint, and what is no line of a log: one cut off by a kill

@@ -20,7 +20,7 @@ from PIL import Image  # noqa: E402
 
 from checkpoints.ours import model_content, save_checkpoint  # noqa: E402
 from clip import load_clip  # noqa: E402
-from config import TRAIN_PRESETS, ModelConfig, run  # noqa: E402
+from config import TRAIN_PRESETS, ModelConfig, run_script  # noqa: E402
 from data import Batch, collate  # noqa: E402
 from datasets import shapes  # noqa: E402
 from model import CoDe  # noqa: E402
@@ -101,7 +101,7 @@ def mistake(monkeypatch, capsys) -> Callable:
     def said(main: Callable, *arguments) -> str:
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as left:
-            run(main)
+            run_script(main)
         line = capsys.readouterr().err
         assert left.value.code == 2 and len(line.strip().splitlines()) == 1, line
         return line

@@ -13,7 +13,7 @@ from conftest import CPU, ROOT
 from runs import ENVIRONMENT, TINY, train
 
 from checkpoints.ours import (
-    Progress,
+    Run,
     load_model,
     model_content,
     read_checkpoint,
@@ -151,18 +151,18 @@ def test_a_run_goes_on_with_clips_weights_elsewhere(tmp_path):
     clip_file(tmp_path / "clip.pt", 0)
     clip_file(tmp_path / "other.pt", 1)
 
-    def run_with(weights: Path) -> tuple:
+    def run_with(weights: Path) -> Run:
         config = ModelConfig(clip="ViT-S-32-alt", clip_weights=str(weights), context_init="a")
         model = CoDe(load_clip(config.clip, config.clip_weights), config)
         optimizer = make_optimizer(model, TrainConfig())
         scaler = make_scaler(CPU, torch.float32)
-        return model, optimizer, scaler, Progress(step=3), TrainConfig(), LossConfig()
+        return Run(model, optimizer, scaler, TrainConfig(), LossConfig(), step=3)
 
-    save_run(tmp_path / "last.pt", *run_with(tmp_path / "clip.pt"))
+    save_run(run_with(tmp_path / "clip.pt"), tmp_path / "last.pt")
     (tmp_path / "clip.pt").rename(tmp_path / "moved.pt")
     again = run_with(tmp_path / "moved.pt")
-    again[3].step = 0
-    resume_run(tmp_path / "last.pt", *again)
-    assert again[3].step == 3
+    again.step = 0
+    resume_run(again, tmp_path / "last.pt")
+    assert again.step == 3
     with pytest.raises(UserError, match="trained with other weights of CLIP"):
-        resume_run(tmp_path / "last.pt", *run_with(tmp_path / "other.pt"))
+        resume_run(run_with(tmp_path / "other.pt"), tmp_path / "last.pt")

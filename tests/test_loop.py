@@ -2,15 +2,21 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import CPU, random_model, some_batch
 
 import train
-from checkpoints.ours import Progress, read_checkpoint
+from checkpoints.ours import Run, read_checkpoint
 from config import LossConfig, TrainConfig, UserError
 from support.device import make_scaler, update_scale
+
+
+def new_run(model, config: TrainConfig, precision: torch.dtype = torch.float32) -> Run:
+    parts = (train.make_optimizer(model, config), make_scaler(CPU, precision))
+    return Run(model, *parts, config, LossConfig(), precision)
 
 
 def run_loop(
@@ -35,9 +41,7 @@ def run_loop(
 
     monkeypatch.setattr(train, "code_loss", with_broken_gradients)
     config = TrainConfig(out=str(out), steps=steps, batch_size=3, lr=1e-2, log_every=2, warmup=0.0)
-    optimizer, scaler = train.make_optimizer(model, config), make_scaler(CPU, precision)
-    parts = (model, optimizer, scaler, precision, [batch] * steps, Progress(), [])
-    train.train(*parts, config, LossConfig())
+    train.train(new_run(model, config, precision), [batch] * steps)
     return [*values, model.image_segmenter.mask_scale.item()]
 
 
@@ -65,8 +69,7 @@ def test_gradients_are_clipped_to_the_norm_that_is_asked_for(tmp_path):
     config = TrainConfig(
         out=str(tmp_path), steps=1, batch_size=3, max_grad_norm=0.01, unfreeze=0.0, warmup=0.0
     )
-    parts = (train.make_optimizer(model, config), make_scaler(CPU, torch.float32))
-    train.train(model, *parts, torch.float32, [batch], Progress(), [], config, LossConfig())
+    train.train(new_run(model, config), [batch])
     left = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     (line,) = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
     assert left.item() == pytest.approx(0.01, rel=1e-3) and line["grad_norm"] > 0.1
@@ -84,20 +87,21 @@ def test_the_second_phase_begins_at_its_step(tmp_path, monkeypatch):
     model = random_model()
     batch = replace(some_batch(model), position=(0, 0, 1))
     config = TrainConfig(out=str(tmp_path), steps=10, batch_size=3)
-    parts = (train.make_optimizer(model, config), make_scaler(CPU, torch.float32))
-    train.train(model, *parts, torch.float32, [batch] * 10, Progress(), [], config, LossConfig())
+    train.train(new_run(model, config), [batch] * 10)
     assert trains == [False] * 6 + [True] * 4
 
 
 def test_noise_follows_from_seed_and_step():
-    def noise(**changes):
-        arguments = dict(nouns=2, pairs=3, grid=(4, 4), seed=1, step=5, device=CPU) | changes
-        return train.logistic_noise(**arguments)
+    model = random_model()
 
-    assert noise().shape == (2, 3, 4, 4) and torch.equal(noise(), noise())
+    def noise(pairs: int = 3, seed: int = 1, step: int = 5) -> torch.Tensor:
+        batch = SimpleNamespace(images=[None] * pairs, noun_tokens=[None] * 2 * pairs)
+        return train.logistic_noise(model, batch, seed, step)
+
+    assert noise().shape == (2, 3, 16, 16) and torch.equal(noise(), noise())
     for other in (noise(step=6), noise(seed=2)):
         assert not torch.equal(noise(), other)
-    many = noise(pairs=2000)  # logistic: mean 0, standard deviation pi / sqrt(3)
+    many = noise(pairs=200)  # logistic: mean 0, standard deviation pi / sqrt(3)
     assert many.mean().abs() < 0.02 and many.std().item() == pytest.approx(1.8138, rel=0.02)
 
 
@@ -162,8 +166,7 @@ def test_best_pt_is_the_best_evaluation_not_the_last_one(tmp_path, monkeypatch):
         weights.append(model.learned_state()["context"].clone())
 
     monkeypatch.setattr(train.Log, "record", remembered)
-    parts = (train.make_optimizer(model, config), make_scaler(CPU, torch.float32), torch.float32)
-    train.train(model, *parts, [batch] * 6, Progress(), [], config, LossConfig())
+    train.train(new_run(model, config), [batch] * 6)
     best, last = (read_checkpoint(tmp_path / name) for name in ("best.pt", "last.pt"))
     assert saved == [2, 4, 6]
     assert best["mIoU"] == last["best"] == 30.0 and last["step"] == 6

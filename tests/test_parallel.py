@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from conftest import CPU, free_port, random_model, some_batch
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoints.ours import Progress, read_checkpoint
+from checkpoints.ours import Run, read_checkpoint
 from config import LossConfig, TrainConfig
 from data import Batch
 from losses import code_loss, gather, gather_triplets
@@ -55,7 +55,7 @@ def gradients(rank: int, processes: int, last_block: bool, labels: str) -> dict:
     batch = share(some_batch(model, CAPTIONS, NOUNS), rank, processes)
     batch = replace(batch, images=batch.images.double())
     wrapped = DistributedDataParallel(model) if processes > 1 else model
-    noise = logistic_noise(2, PAIRS // processes, (16, 16), seed=5, step=9, device=CPU)
+    noise = logistic_noise(model, batch, seed=5, step=9)
     d = wrapped(batch, noise)
     terms = code_loss(d, model, LossConfig(pseudo_labels=labels), batch.noun_labels)
     terms["total"].backward()
@@ -110,9 +110,8 @@ def ten_steps(rank: int, processes: int, port: int, folder: str) -> None:
         batches.append(replace(batch, images=batch.images.double(), position=(rank, 0, seed)))
     out = f"{folder}/{processes}"
     config = TrainConfig(out=out, steps=10, batch_size=PAIRS, lr=1e-3, warmup=0.2)
-    optimizer, scaler = make_optimizer(model, config), make_scaler(CPU, torch.float32)
-    parts = (model, optimizer, scaler, torch.float32, batches, Progress(), [])
-    train(*parts, config, LossConfig())
+    parts = (make_optimizer(model, config), make_scaler(CPU, torch.float32))
+    train(Run(model, *parts, config, LossConfig()), batches)
     stop_processes()
 
 

@@ -21,7 +21,7 @@ from train import logistic_noise
 
 
 def losses_of(model, batch, precision: torch.dtype) -> dict[str, torch.Tensor]:
-    noise = logistic_noise(2, 3, (16, 16), seed=0, step=0, device=CPU)
+    noise = logistic_noise(model, batch, seed=0, step=0)
     with autocast(CPU, precision):
         decomposition = model(batch, noise)
     for name, value in vars(decomposition).items():
