@@ -4,7 +4,7 @@ import argparse
 import math
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_origin
 
@@ -250,6 +250,28 @@ MASK_PRESETS = {
 }
 
 
+def settle(model: ModelConfig, loss: LossConfig, given: Collection[str] = ()) -> None:
+    """Record what an ablation leaves out, so that a configuration says what was done.
+
+    Without co-decomposition there is no text segmenter and neither prompt; with bare nouns instead
+    of word segments (section 4.4) no text segmenter and no P^t. given: names of the options on the
+    command line. Raises UserError for one that asks for what another leaves out.
+    """
+    off: dict[str, Any] = {}
+    if not model.word_segments:
+        off, cause = {"word_prompt": False, "lambda_seg_t": 0.0}, "word_segments"
+    if not model.co_decomposition:
+        off |= {"word_prompt": False, "region_prompt": False, "word_segments": False}
+        off |= {"lambda_seg_t": 0.0, "lambda_hcl": 0.0}
+        cause = "co_decomposition"
+    for name, value in off.items():
+        config = model if hasattr(model, name) else loss
+        if name in given and getattr(config, name) != value:
+            asked, flag = name.replace("_", "-"), cause.replace("_", "-")
+            raise UserError(f"--{asked} asks for what --no-{flag} leaves out: give one of them")
+        setattr(config, name, value)
+
+
 # --- the command line -----------------------------------------------------------------------------
 
 
@@ -262,7 +284,8 @@ def parse(description: str, *configs: type, presets: dict[str, dict] | None = No
     line still overrides.
     Wrong options and values print one line on stderr and exit with 2.
     """
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(description=description, formatter_class=raw, allow_abbrev=False)
     names = [f.name for config in configs for f in fields(config)]
     chooser = "preset" if "preset" in names else "dataset"
     for config in configs:
@@ -282,6 +305,12 @@ def parse(description: str, *configs: type, presets: dict[str, dict] | None = No
         except UserError as error:
             parser.error(str(error))
     return tuple(made)
+
+
+def given_options() -> set[str]:
+    """Names of the options that stand on the command line, no_ left out of --no-NAME."""
+    flags = (word.split("=")[0] for word in sys.argv[1:] if word.startswith("--"))
+    return {flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in flags}
 
 
 def check_ranges(config: Any) -> None:

@@ -28,8 +28,10 @@ from config import (
     ModelConfig,
     TrainConfig,
     UserError,
+    given_options,
     parse,
     run_script,
+    settle,
 )
 from data import Batch, PairStream, make_loader, nltk_tagger, shapes_tagger
 from datasets import load_benchmark
@@ -147,6 +149,7 @@ def main() -> None:
     config, model_config, loss_config = parse(
         __doc__, TrainConfig, ModelConfig, LossConfig, presets=TRAIN_PRESETS
     )
+    settle(model_config, loss_config, given_options())
     stopping = stop_signals()
     device = choose_device(config.device)
     start_processes(device, config.timeout)

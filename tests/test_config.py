@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 
 import pytest
 
+import train
 from config import (
     TRAIN_PRESETS,
     EvalConfig,
@@ -15,6 +16,7 @@ from config import (
     UserError,
     option,
     parse,
+    settle,
 )
 from datasets import THESIS_DATASETS
 from datasets.protocols import completed
@@ -125,3 +127,39 @@ def test_the_defaults_of_methods_without_training():
 def test_an_unknown_device():
     with pytest.raises(UserError, match="--device gpu"):
         choose_device("gpu")
+
+
+def test_a_configuration_says_what_was_done():
+    model, loss = ModelConfig(co_decomposition=False), LossConfig()
+    settle(model, loss)
+    assert not (model.word_prompt or model.region_prompt or model.word_segments)
+    assert loss.lambda_hcl == loss.lambda_seg_t == 0 and loss.lambda_seg_v == 1
+    model, loss = ModelConfig(word_segments=False), LossConfig()
+    settle(model, loss)
+    assert model.region_prompt and not model.word_prompt
+    assert loss.lambda_hcl == 0.5 and loss.lambda_seg_t == 0
+    model, loss = ModelConfig(), LossConfig()
+    settle(model, loss)
+    assert (model, loss) == (ModelConfig(), LossConfig())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            ("--no-co-decomposition", "--region-prompt"),
+            "--region-prompt asks for what --no-co-decomposition leaves out",
+        ),
+        (
+            ("--no-word-segments", "--lambda-seg-t=3"),
+            "--lambda-seg-t asks for what --no-word-segments leaves out",
+        ),
+    ],
+)
+def test_contradictions_are_refused(options, message, mistake, tmp_path):
+    said = mistake(train.main, "--preset", "shapes", "--out", tmp_path / "out", *options)
+    assert message in said and not (tmp_path / "out").exists()
+
+
+def test_options_are_not_abbreviated(mistake):
+    assert "unrecognized arguments: --eval" in mistake(train.main, "--eval", "voc")
