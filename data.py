@@ -141,7 +141,8 @@ class PairStream(IterableDataset):
     start: where each reader goes on, {reader: (epoch, *offset)}, offset being what its source
     counts by; next_worker: the one that delivers the next batch; with_released_labels: whether
     batches have them.
-    A UserError in the stream means that the data is unusable: the training process raises it.
+    An epoch may be smaller than a batch. A UserError in the stream means that the data is unusable:
+    more than half of the last 1,000 pairs, or all of an epoch. The training process raises it.
     """
 
     source: Folder | ShapesWorld | Shards
@@ -168,7 +169,8 @@ class PairStream(IterableDataset):
         offset = offset or self.source.START
         samples: list[tuple] = []
         skipped: Counts = Counts()
-        recent: collections.deque[bool] = collections.deque(maxlen=1000)  # was it bad?
+        recent: collections.deque[str | None] = collections.deque(maxlen=1000)  # cause, if bad
+        fruitless, bad = 0, Counts()  # whole epochs in a row without a usable pair, and why
         while True:
             good, whole = 0, not any(offset)
             for after, item in self.source.order(self.seed, epoch, reader, readers, offset):
@@ -177,26 +179,25 @@ class PairStream(IterableDataset):
                 try:
                     samples.append(self.prepare(item, rng))
                     good += 1
-                    recent.append(False)
+                    recent.append(None)
                 except BadSample as cause:
                     skipped[str(cause)] += 1
-                    recent.append(True)
-                if sum(recent) > 500:
+                    bad[str(cause)] += 1
+                    recent.append(str(cause))
+                if len(recent) - recent.count(None) > 500:
+                    causes = Counts(cause for cause in recent if cause)
                     yield UserError(
-                        f"{sum(recent)} of the last {len(recent)} pairs could not be used "
-                        f"({listed(skipped)}): is this the right data?"
+                        f"{causes.total()} of the last {len(recent)} pairs could not be used "
+                        f"({listed(causes)}): is this the right data?"
                     )
                 if len(samples) == self.pairs:
                     batch = collate(*zip(*samples), self.context_length, self.with_released_labels)
                     yield replace(batch, skipped=skipped, position=(reader, epoch, *offset))
                     samples, skipped = [], Counts()
-            if whole and good < self.pairs:
-                found = f"{good} usable pairs for a batch of {self.pairs}"
-                causes = f" ({listed(skipped)})" if skipped else ""
-                yield UserError(
-                    f"a whole epoch of a reader's share of the data gave {found}{causes}; "
-                    "a smaller --batch-size or fewer --workers need less"
-                )
+            fruitless, bad = (0, Counts()) if good else (fruitless + whole, bad)
+            if fruitless >= readers:  # shares change with every epoch: about a pass over all pairs
+                causes = listed(bad) or f"there are fewer pairs than the {readers} loader workers"
+                yield UserError(f"a whole epoch gave 0 usable pairs ({causes})")
             epoch, offset = epoch + 1, self.source.START
 
     def prepare(self, item, rng: np.random.Generator) -> tuple:
@@ -229,7 +230,6 @@ def make_loader(stream: PairStream, workers: int, pin_memory: bool) -> DataLoade
         batch_size=None,
         num_workers=workers,
         pin_memory=pin_memory,
-        multiprocessing_context="fork" if workers else None,
         prefetch_factor=4 if workers else None,
         worker_init_fn=start_worker,
     )

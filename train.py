@@ -187,7 +187,7 @@ def main() -> None:
     model = CoDe(clip, model_config).to(device)
     optimizer = make_optimizer(model, config)
     scaler = make_scaler(device, precision)
-    progress = Progress(data=zlib.crc32("\n".join(source.names).encode()))
+    progress = Progress(data=zlib.crc32("\n".join(source.names).encode(errors="surrogateescape")))
     if config.resume:
         last = Path(config.out, "last.pt")
         resume_run(last, model, optimizer, scaler, progress, config, loss_config)
