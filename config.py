@@ -199,7 +199,9 @@ class MaskConfig:
 class EvalConfig:
     """What is evaluated, and what is written."""
 
-    dataset: str = option("shapes", "a benchmark, or 'all' for the six of the thesis's table 4.1")
+    dataset: str | None = option(
+        None, "a benchmark, or 'all' for the six of the thesis's table 4.1; needed"
+    )
     root: str = option("data", "folder with the raw benchmark folders")
     predictions: str | None = option(
         None, "folder of label maps to be evaluated, as --save-predictions writes them"
