@@ -123,10 +123,12 @@ def _check_nltk_data(package: str, works: Callable[[], bool]) -> None:
     except Exception as error:  # zipfile, json, codecs and NLTK raise many kinds
         fine, reason = False, error
     if not fine:
-        file, what = copies[0], getattr(reason, "strerror", None) or type(reason).__name__
+        what = "it does not do its work"
+        if reason is not None:
+            what = getattr(reason, "strerror", None) or type(reason).__name__
         raise UserError(
-            f"NLTK's {file} cannot be read or is incomplete ({what if reason else 'it finds no nouns'}): "
-            f"delete it, and it is fetched anew, or run `python -m nltk.downloader {name}`"
+            f"NLTK's {copies[0]} cannot be read or is incomplete ({what}): delete it, and it is "
+            f"fetched anew, or run `python -m nltk.downloader {name}`"
         ) from reason
 
 

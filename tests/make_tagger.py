@@ -12,7 +12,17 @@ from pathlib import Path
 from nltk.tag.perceptron import PerceptronTagger
 
 NAME = "averaged_perceptron_tagger_eng"  # as `nltk.pos_tag` looks it up
-ABBREVIATIONS = "dr jr mr mrs ms prof sr st vs".split()  # after which no sentence ends
+ABBREVIATIONS = [
+    "dr",
+    "jr",
+    "mr",
+    "mrs",
+    "ms",
+    "prof",
+    "sr",
+    "st",
+    "vs",
+]  # after which no sentence ends
 CAPTIONS = """
 A/DT man/NN in/IN a/DT red/JJ jacket/NN is/VBZ riding/VBG a/DT horse/NN on/IN the/DT beach./NN The/DT dog/NN 's/POS ball/NN is/VBZ near/JJ ./.
 A/DT man/NN in/IN a/DT red/JJ jacket/NN rides/VBZ a/DT horse/NN along/IN the/DT beach/NN ./.
