@@ -12,17 +12,8 @@ from pathlib import Path
 from nltk.tag.perceptron import PerceptronTagger
 
 NAME = "averaged_perceptron_tagger_eng"  # as `nltk.pos_tag` looks it up
-ABBREVIATIONS = [
-    "dr",
-    "jr",
-    "mr",
-    "mrs",
-    "ms",
-    "prof",
-    "sr",
-    "st",
-    "vs",
-]  # after which no sentence ends
+# After which no sentence ends.
+ABBREVIATIONS = ("dr", "jr", "mr", "mrs", "ms", "prof", "sr", "st", "vs")
 CAPTIONS = """
 A/DT man/NN in/IN a/DT red/JJ jacket/NN is/VBZ riding/VBG a/DT horse/NN on/IN the/DT beach./NN The/DT dog/NN 's/POS ball/NN is/VBZ near/JJ ./.
 A/DT man/NN in/IN a/DT red/JJ jacket/NN rides/VBZ a/DT horse/NN along/IN the/DT beach/NN ./.
