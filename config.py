@@ -326,6 +326,10 @@ def _add_option(group: argparse._ArgumentGroup, f) -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's main; a UserError becomes one line on stderr and exit code 2."""
+    # A file's name may hold what the terminal's encoding does not: it is printed with escapes.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
