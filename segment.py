@@ -392,11 +392,12 @@ def announcement(settings: MaskConfig) -> str:
     """What is done without a checkpoint, with which weights, and how much is fetched."""
     if settings.clip == "shapes":
         return "no --checkpoint: MaskCLIP, without training, on the built-in CLIP"
+    named = settings.clip_weights or "openai"
     weights = {
         "none": "random weights, so the masks mean nothing",
         "openai": "openai's weights, fetched the first time",
-    }.get(settings.clip_weights, settings.clip_weights)
-    if (settings.clip, settings.clip_weights) == (MaskConfig.clip, MaskConfig.clip_weights):
+    }.get(named, named)
+    if (settings.clip, named) == (MaskConfig.clip, "openai"):
         weights += ": 600 MB"
     return f"no --checkpoint: NACLIP, without training, on {settings.clip} ({weights})"
 
