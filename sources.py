@@ -359,8 +359,8 @@ def tar_members(path: str) -> Iterator[tuple[int, tarfile.TarInfo]]:
             with tarfile.TarFile(fileobj=file) as tar:
                 for member in tar:
                     tar.members = []  # tarfile would keep them all
-                    too_long = member.isfile() and member.offset_data + member.size > size
-                    if member.size < 0 or too_long:
+                    has_data = member.isfile() or member.type not in tarfile.SUPPORTED_TYPES
+                    if has_data and not 0 <= member.size <= size - member.offset_data:
                         raise tarfile.ReadError
                     yield number, member
                 file.seek(tar.offset)
