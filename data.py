@@ -73,8 +73,9 @@ def nltk_tagger() -> Tagger:
     The data of both is fetched where it is missing. Raises UserError for data that could not be
     fetched, and for damaged data.
     """
-    for package, works in NLTK_DATA.items():
-        _check_nltk_data(package, works)
+    # What is here first: damage is named also where nothing can be fetched.
+    for package in sorted(NLTK_DATA, key=lambda package: not _nltk_copies(package)):
+        _check_nltk_data(package, NLTK_DATA[package])
     return tag_english
 
 

@@ -187,6 +187,12 @@ def test_damaged_data_is_named_in_a_line(package, damage, read_from, tmp_path):
     line = str(said.value)
     assert str(named) in line and "delete it" in line and "\n" not in line
     assert f"nltk.downloader {package.split('/')[1]}`" in line
+    # Also where the other package is missing and cannot be fetched.
+    other = PUNKT if package == TAGGER else TAGGER
+    shutil.rmtree(tmp_path / other)
+    with pytest.raises(UserError, match="cannot be read or is incomplete"):
+        data.nltk_tagger()
+    shutil.copytree(SMALL / other, tmp_path / other)
     # Deleted, it is fetched anew.
     shutil.rmtree(named) if named.is_dir() else named.unlink()
     with pytest.raises(UserError, match="missing and could not be fetched"):

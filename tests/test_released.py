@@ -23,7 +23,7 @@ from segmenter import Segmenter
 from train import global_losses
 
 GOLDEN = golden.folder()
-TRIPLES = sorted(path.stem for path in GOLDEN.glob("*.json"))
+TRIPLES = sorted(path.stem for path in GOLDEN.glob("tiny_*.json"))
 
 
 def load(name: str):
