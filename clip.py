@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import UserError
+from support.weights import read_weights
 
 # The input statistics are ImageNet's, as in both released programs, not CLIP's own.
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -56,10 +57,15 @@ def load_clip(name: str, weights: str = "openai") -> open_clip.CLIP:
     """Create a frozen CLIP in evaluation mode.
 
     name: an open_clip architecture with a plain ViT, or "shapes" for the shapes world's own.
-    weights: an open_clip tag, a local file, or "none" for random weights; "shapes" ignores it.
-    Raises UserError for an unknown name, another architecture, or weights that cannot be had.
+    weights: an open_clip tag, a local file (of safetensors, torch.save, or OpenAI's own), or "none"
+    for random weights. Of "shapes" "openai" is the file that comes with it.
+    Raises UserError for an unknown name, another architecture, weights that cannot be had, and
+    weights that were trained with another activation, before anything is downloaded.
     """
-    clip = _load_shapes_clip() if name == "shapes" else _load_open_clip(name, weights)
+    if name == "shapes":
+        clip = _load_shapes_clip(SHAPES_WEIGHTS if weights == "openai" else weights)
+    else:
+        clip = _create_open_clip(name, weights)
     visual = getattr(clip, "visual", None)
     plain = (
         isinstance(clip, open_clip.CLIP)
@@ -76,49 +82,122 @@ def load_clip(name: str, weights: str = "openai") -> open_clip.CLIP:
             f"--clip {name}: only plain ViTs with CLIP's own text tower are supported "
             "(for example ViT-B-16-quickgelu, ViT-B-32-quickgelu or ViT-L-14-quickgelu)"
         )
+    if name != "shapes" and weights != "none" and weights not in _tags(name):
+        _load_file(clip, name, weights)
     return clip.eval().requires_grad_(False)
 
 
-def _load_shapes_clip() -> open_clip.CLIP:
+def _load_shapes_clip(weights: str | Path) -> open_clip.CLIP:
     clip = open_clip.CLIP(**SHAPES_ARCHITECTURE)
-    if not SHAPES_WEIGHTS.exists():
-        raise UserError(f"{SHAPES_WEIGHTS} is missing: `python -m experiments.pretrain` makes it")
+    if weights == "none":
+        return clip
+    if not Path(weights).is_file():
+        raise UserError(
+            f"{weights} is missing: `python -m experiments.pretrain` makes it"
+            if weights == SHAPES_WEIGHTS
+            else f"--clip-weights {weights}: no such file (--clip shapes has weights of its own)"
+        )
     try:
-        stored = torch.load(SHAPES_WEIGHTS, weights_only=True)
+        stored = torch.load(weights, weights_only=True)
         state = {name: value.float() for name, value in stored["state"].items()}
         # Only the rows of tokens that the shapes world and CLIP's templates use are stored.
         table = torch.zeros_like(clip.token_embedding.weight)
         table[stored["tokens"]] = state["token_embedding.weight"]
         clip.load_state_dict(state | {"token_embedding.weight": table})
     except Exception as error:  # of another program, another architecture, or damaged
-        raise UserError(f"{SHAPES_WEIGHTS} is not the shapes world's CLIP of now") from error
+        raise UserError(f"{weights} is not the shapes world's CLIP of now") from error
     return clip
 
 
-def _load_open_clip(name: str, weights: str) -> nn.Module:
+def _tags(name: str) -> list[str]:
+    return open_clip.list_pretrained_tags_by_model(name)
+
+
+def _has_quick_gelu(name: str) -> bool:
+    return bool(open_clip.get_model_config(name).get("quick_gelu"))
+
+
+def _with_other_activation(name: str) -> str:
+    """ViT-B-16 for ViT-B-16-quickgelu, and the reverse."""
+    plain = name.removesuffix("-quickgelu")
+    return f"{name}-quickgelu" if name == plain else plain
+
+
+def _refuse_activation(name: str, weights: str, quick: bool) -> None:
+    """The same tensors fit both activations, and with the wrong one all features are wrong."""
+    trained = "QuickGELU" if quick else "GELU"
+    raise UserError(
+        f"--clip {name} --clip-weights {weights}: these weights were trained with {trained}, "
+        f"which {name} does not have: take --clip {_with_other_activation(name)}"
+    )
+
+
+def _create_open_clip(name: str, weights: str) -> nn.Module:
+    """A network with the weights of a tag, or with random ones. Raises UserError."""
     if name not in open_clip.list_models():
         known = ", ".join(n for n in open_clip.list_models() if n.startswith("ViT-B-"))
         raise UserError(f"--clip {name}: open_clip has no such model; 'shapes', {known}, ...")
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if weights != "none" and weights not in tags and not Path(weights).is_file():
+    tags, other = _tags(name), _with_other_activation(name)
+    if weights in tags:
+        quick = bool(open_clip.get_pretrained_cfg(name, weights).get("quick_gelu"))
+        if quick != _has_quick_gelu(name):
+            _refuse_activation(name, weights, quick)
+    elif weights != "none" and not Path(weights).is_file():
+        if weights in _tags(other):  # those of a -quickgelu model are listed there alone
+            _refuse_activation(name, weights, _has_quick_gelu(other))
+        if Path(weights).is_dir():
+            raise UserError(f"--clip-weights {weights}: a folder; name the file of weights in it")
         raise UserError(
             f"--clip-weights {weights}: neither a file nor one of {name}'s tags ({', '.join(tags)})"
         )
     try:
         with _quiet():
-            return open_clip.create_model(name, pretrained=None if weights == "none" else weights)
-    except Exception as error:  # downloads fail in many ways; so do files of another model
-        if weights in tags:
-            source = open_clip.get_pretrained_cfg(name, weights)
-            where = source.get("url")  # OpenAI's own are TorchScript; the hub has plain tensors
-            if hub := source.get("hf_hub"):
-                where = f"open_clip_model.safetensors of https://huggingface.co/{hub.rstrip('/')}"
-            raise UserError(
-                f"the weights {weights!r} of {name} could not be downloaded; fetch {where} by "
-                "hand, put the file anywhere and name it with --clip-weights FILE"
-            ) from error
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"--clip-weights {weights}: not weights of {name} ({reason})") from error
+            return open_clip.create_model(name, pretrained=weights if weights in tags else None)
+    except Exception as error:  # downloads fail in many ways
+        source = open_clip.get_pretrained_cfg(name, weights)
+        where = source.get("url")  # OpenAI's own are TorchScript; the hub has plain tensors
+        if hub := source.get("hf_hub"):
+            where = f"open_clip_model.safetensors of https://huggingface.co/{hub.rstrip('/')}"
+        raise UserError(
+            f"the weights {weights!r} of {name} could not be downloaded; fetch {where} by "
+            "hand, put the file anywhere and name it with --clip-weights FILE"
+        ) from error
+
+
+# In files, but no weights: OpenAI's archives hold numbers, and some hold the causal mask.
+_NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
+
+
+def _load_file(clip: open_clip.CLIP, name: str, path: str) -> None:
+    """Load a local file of weights into a network. Raises UserError saying what does not fit."""
+    try:
+        state, classes = read_weights(path)
+    except UserError as error:
+        raise UserError(f"--clip-weights {path}: {error}") from error
+    if any(key.startswith(("vision_model.", "text_model.")) for key in state):
+        raise UserError(
+            f"--clip-weights {path}: keys of transformers; take the open_clip_model.safetensors "
+            "of the same weights (https://huggingface.co/timm has OpenAI's)"
+        )
+    # TorchScript names its modules' classes: the only files that tell their activation.
+    quick = any("QuickGELU" in one for one in classes)
+    if (quick or "GELU" in classes) and quick != _has_quick_gelu(name):
+        _refuse_activation(name, path, quick)
+    expected = clip.state_dict()
+    state = {key: value for key, value in state.items() if key not in _NO_WEIGHTS}
+    problems = [
+        f"{key} of shape {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    problems += [f"no {key}" for key in expected if key not in state]
+    problems += [f"unknown {key}" for key in state if key not in expected]
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(
+            f"--clip-weights {path}: not weights of {name} ({'; '.join(problems[:3])}{more})"
+        )
+    clip.load_state_dict(state)
 
 
 @contextlib.contextmanager

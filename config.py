@@ -199,7 +199,9 @@ class MaskConfig:
 class EvalConfig:
     """What is evaluated, and what is written."""
 
-    dataset: str = option("shapes", "a benchmark, or 'all' for the six of the thesis's table 4.1")
+    dataset: str | None = option(
+        None, "a benchmark, or 'all' for the six of the thesis's table 4.1; needed"
+    )
     root: str = option("data", "folder with the raw benchmark folders")
     predictions: str | None = option(
         None, "folder of label maps to be evaluated, as --save-predictions writes them"
@@ -353,6 +355,10 @@ def _add_option(group: argparse._ArgumentGroup, f) -> None:
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main; a UserError becomes one line on stderr and exit code 2."""
+    # A file's name may hold what the terminal's encoding does not: it is printed with escapes.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:

@@ -6,6 +6,8 @@ alone, so that a reader can go on anywhere and nothing has to be saved but epoch
 """
 
 import collections
+import html
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -24,7 +26,9 @@ from datasets import shapes
 from sources import BadSample, Folder, ShapesWorld, Shards
 from support.distributed import start_worker
 
-Tagger = Callable[[list[str]], list[tuple[str, str]]]
+# From a caption to its words and their tags. A function of a module: loader workers may be
+# spawned, and then it is pickled.
+Tagger = Callable[[str], list[tuple[str, str]]]
 Counts = collections.Counter[str]
 
 
@@ -36,34 +40,105 @@ def select_nouns(caption: str, tagger: Tagger) -> list[str]:
 
     Words tagged NN, NNS, NNP or NNPS; without repeats and single letters.
     """
+    # Captions of the web hold HTML entities, some of them escaped twice ("&amp;nbsp;"): they are
+    # resolved twice, as CLIP's tokeniser does. Spaces of all kinds, one of no width among them,
+    # become plain ones, and a hyphen that is shown at a line's end only goes.
+    caption = html.unescape(html.unescape(caption))
+    caption = " ".join(caption.replace("\u200b", " ").replace("\u00ad", "").split())
     nouns: dict[str, None] = {}  # an ordered set
-    for word, tag in tagger(NLTKWordTokenizer().tokenize(caption)):
+    for word, tag in tagger(caption):
         word = word.strip(".,;:!?'\"-*#/\\")
         if tag in ("NN", "NNS", "NNP", "NNPS") and len(word) > 1 and any(map(str.isalpha, word)):
             nouns.setdefault(word.lower())
     return list(nouns)
 
 
-def nltk_tagger() -> Tagger:
-    """NLTK's ordinary English tagger; fetched if it is missing, otherwise a UserError says how."""
-    try:
-        nltk.pos_tag(["word"])
-    except LookupError:
-        nltk.download("averaged_perceptron_tagger_eng", quiet=True)
-        try:
-            nltk.pos_tag(["word"])
-        except LookupError as error:
-            raise UserError(
-                "NLTK's tagger data is missing and could not be fetched: run `python -m nltk."
-                "downloader averaged_perceptron_tagger_eng` on a machine with internet, copy its "
-                "nltk_data folder here and point the variable NLTK_DATA to it"
-            ) from error
-    return nltk.pos_tag
-
-
 def shapes_tagger() -> Tagger:
     """The shapes world's vocabulary is closed: a tagger that needs no download."""
-    return nltk.UnigramTagger(model=dict.fromkeys(shapes.NOUNS, "NN")).tag
+    return tag_shapes
+
+
+def tag_shapes(caption: str) -> list[tuple[str, str]]:
+    """Words of the shapes world, its nouns as NN and all others without a tag."""
+    tagged = []
+    for word in NLTKWordTokenizer().tokenize(caption):
+        word = word.rstrip(".")  # of a sentence before the last one
+        tagged.append((word, "NN" if word.lower() in shapes.NOUNS else ""))
+    return tagged
+
+
+def nltk_tagger() -> Tagger:
+    """NLTK's ordinary English tagger, of words in sentences as Punkt splits them.
+
+    The data of both is fetched where it is missing. Raises UserError for data that could not be
+    fetched, and for damaged data.
+    """
+    # What is here first: damage is named also where nothing can be fetched.
+    for package in sorted(NLTK_DATA, key=lambda package: not _nltk_copies(package)):
+        _check_nltk_data(package, NLTK_DATA[package])
+    return tag_english
+
+
+def tag_english(caption: str) -> list[tuple[str, str]]:
+    """Words of a caption and their tags, as the authors' program finds them."""
+    return nltk.pos_tag(nltk.word_tokenize(caption))
+
+
+def _punkt_works() -> bool:
+    return nltk.sent_tokenize("This is Dr. Smith. It is late.") == [
+        "This is Dr. Smith.",
+        "It is late.",
+    ]
+
+
+def _tagger_works() -> bool:
+    return ("dog", "NN") in nltk.pos_tag(["a", "dog", "on", "the", "beach"])
+
+
+# What is fetched, and whether what is there does its work.
+NLTK_DATA = {
+    "tokenizers/punkt_tab": _punkt_works,
+    "taggers/averaged_perceptron_tagger_eng": _tagger_works,
+}
+
+
+def _check_nltk_data(package: str, works: Callable[[], bool]) -> None:
+    """Fetch a package of NLTK's data if there is none. Raises UserError."""
+    name = package.rpartition("/")[2]
+    reason = None
+    if not _nltk_copies(package):
+        try:
+            nltk.download(name, quiet=True)
+        except Exception as error:  # no place to write to, a proxy's answer, ...
+            reason = error
+    copies = _nltk_copies(package)
+    if not copies:
+        names = " ".join(package.rpartition("/")[2] for package in NLTK_DATA)
+        raise UserError(
+            f"NLTK's {package} is missing and could not be fetched: run `python -m nltk."
+            f"downloader {names}` on a machine with internet, copy its nltk_data folder here and "
+            "point the variable NLTK_DATA to it"
+        ) from reason
+    try:
+        fine = works()
+    except Exception as error:  # zipfile, json, codecs and NLTK raise many kinds
+        fine, reason = False, error
+    if not fine:
+        what = "it does not do its work"
+        if reason is not None:
+            what = getattr(reason, "strerror", None) or type(reason).__name__
+        raise UserError(
+            f"NLTK's {copies[0]} cannot be read or is incomplete ({what}): delete it, and it is "
+            f"fetched anew, or run `python -m nltk.downloader {name}`"
+        ) from reason
+
+
+def _nltk_copies(package: str) -> list[str]:
+    """Where NLTK looks for a package and something lies, in its order: folders before zips."""
+    places = [
+        os.path.join(folder, package + end) for end in ("", ".zip") for folder in nltk.data.path
+    ]
+    return [place for place in places if os.path.exists(place)]
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -141,7 +216,8 @@ class PairStream(IterableDataset):
     start: where each reader goes on, {reader: (epoch, *offset)}, offset being what its source
     counts by; next_worker: the one that delivers the next batch; with_released_labels: whether
     batches have them.
-    A UserError in the stream means that the data is unusable: the training process raises it.
+    An epoch may be smaller than a batch. A UserError in the stream means that the data is unusable:
+    more than half of the last 1,000 pairs, or all of an epoch. The training process raises it.
     """
 
     source: Folder | ShapesWorld | Shards
@@ -168,7 +244,8 @@ class PairStream(IterableDataset):
         offset = offset or self.source.START
         samples: list[tuple] = []
         skipped: Counts = Counts()
-        recent: collections.deque[bool] = collections.deque(maxlen=1000)  # was it bad?
+        recent: collections.deque[str | None] = collections.deque(maxlen=1000)  # cause, if bad
+        fruitless, bad = 0, Counts()  # whole epochs in a row without a usable pair, and why
         while True:
             good, whole = 0, not any(offset)
             for after, item in self.source.order(self.seed, epoch, reader, readers, offset):
@@ -177,26 +254,25 @@ class PairStream(IterableDataset):
                 try:
                     samples.append(self.prepare(item, rng))
                     good += 1
-                    recent.append(False)
+                    recent.append(None)
                 except BadSample as cause:
                     skipped[str(cause)] += 1
-                    recent.append(True)
-                if sum(recent) > 500:
+                    bad[str(cause)] += 1
+                    recent.append(str(cause))
+                if len(recent) - recent.count(None) > 500:
+                    causes = Counts(cause for cause in recent if cause)
                     yield UserError(
-                        f"{sum(recent)} of the last {len(recent)} pairs could not be used "
-                        f"({listed(skipped)}): is this the right data?"
+                        f"{causes.total()} of the last {len(recent)} pairs could not be used "
+                        f"({listed(causes)}): is this the right data?"
                     )
                 if len(samples) == self.pairs:
                     batch = collate(*zip(*samples), self.context_length, self.with_released_labels)
                     yield replace(batch, skipped=skipped, position=(reader, epoch, *offset))
                     samples, skipped = [], Counts()
-            if whole and good < self.pairs:
-                found = f"{good} usable pairs for a batch of {self.pairs}"
-                causes = f" ({listed(skipped)})" if skipped else ""
-                yield UserError(
-                    f"a whole epoch of a reader's share of the data gave {found}{causes}; "
-                    "a smaller --batch-size or fewer --workers need less"
-                )
+            fruitless, bad = (0, Counts()) if good else (fruitless + whole, bad)
+            if fruitless >= readers:  # shares change with every epoch: about a pass over all pairs
+                causes = listed(bad) or f"there are fewer pairs than the {readers} loader workers"
+                yield UserError(f"a whole epoch gave 0 usable pairs ({causes})")
             epoch, offset = epoch + 1, self.source.START
 
     def prepare(self, item, rng: np.random.Generator) -> tuple:
@@ -229,7 +305,6 @@ def make_loader(stream: PairStream, workers: int, pin_memory: bool) -> DataLoade
         batch_size=None,
         num_workers=workers,
         pin_memory=pin_memory,
-        multiprocessing_context="fork" if workers else None,
         prefetch_factor=4 if workers else None,
         worker_init_fn=start_worker,
     )

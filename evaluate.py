@@ -9,6 +9,7 @@ Examples:
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,8 +19,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from checkpoints import load_method
+from clip import SHAPES_ARCHITECTURE
 from config import MASK_PRESETS, EvalConfig, MaskConfig, TrainConfig, UserError, parse, run_script
-from datasets import IGNORED, THESIS_DATASETS, Benchmark, load_benchmark, read_ahead
+from datasets import DATASETS, IGNORED, THESIS_DATASETS, Benchmark, load_benchmark, read_ahead
 from datasets.predictions import check_predictions, folder_of, read_prediction
 from datasets.protocols import completed, described, with_words
 from model import CoDe
@@ -34,7 +36,7 @@ from support.distributed import (
 )
 from support.draw import indexed, label_maps, save_png
 from support.files import refuse_folder, save_text
-from support.tables import print_table, table_4_1
+from support.tables import average, print_table, printable, table_4_1
 
 
 class IoU:
@@ -62,7 +64,9 @@ class IoU:
         return float(np.nanmean(iou)) if (~np.isnan(iou)).any() else float("nan")
 
     def pixel_accuracy(self) -> float:
-        return float(100 * self.counts[0].sum() / max(self.counts[2].sum(), 1))
+        """In percent; NaN if no pixel was labelled."""
+        labelled = self.counts[2].sum()
+        return float(100 * self.counts[0].sum() / labelled) if labelled else float("nan")
 
 
 def make_segmenter(
@@ -77,10 +81,14 @@ def evaluate(segmenter: Segmenter | None, benchmark: Benchmark, config: EvalConf
     """Metrics of a benchmark: mIoU, IoU by class and pixel accuracy, in percent.
 
     They are the segmenter's or, without one, those of the label maps in --predictions. Started by
-    torchrun, every process takes its share of the images, and all get the same metrics.
+    torchrun, every process takes its share of the images, and all get the same metrics. What would
+    be NaN is None: the IoU of a class that is nowhere, and everything if no pixel is labelled.
     """
     images = len(benchmark.stems)
-    what = described(segmenter.config) if segmenter else f"predictions of {config.predictions}"
+    if segmenter is None:
+        what = f"predictions of {printable(config.predictions)}"
+    else:
+        what = described(segmenter.config)
     count = images if config.limit is None else min(config.limit, images)
     rank = process_rank()
     iou = IoU(len(benchmark.class_names))
@@ -108,30 +116,53 @@ def evaluate(segmenter: Segmenter | None, benchmark: Benchmark, config: EvalConf
         every: list = [None] * process_count()
         dist.all_gather_object(every, iou.counts)
         iou.counts = sum(every)  # of integers: the same in any order
-    per_class = {
-        name: None if np.isnan(value) else float(value)
-        for name, value in zip(benchmark.class_names, iou.per_class())
-    }
+    per_class = map(none_for_nan, iou.per_class())
     return {
         "dataset": benchmark.name,
         "partial": count < images,
         "images": count,
-        "mIoU": iou.mean(),
-        "pixel_accuracy": iou.pixel_accuracy(),
-        "IoU": per_class,
+        "mIoU": none_for_nan(iou.mean()),
+        "pixel_accuracy": none_for_nan(iou.pixel_accuracy()),
+        "IoU": dict(zip(benchmark.class_names, per_class)),
         "method": what,
         "settings": asdict(segmenter.config if segmenter else config),
     }
+
+
+def none_for_nan(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if np.isnan(value) else float(value)
+
+
+def check_world(clip: open_clip.CLIP, datasets: Sequence[str], source: str) -> None:
+    """Whether CLIP and benchmarks are both of the shapes world, or neither. Raises UserError.
+
+    source: where the CLIP comes from. The sizes and constants of one world are none for the other.
+    """
+    side, shapes_side = clip.visual.image_size[0], SHAPES_ARCHITECTURE["vision_cfg"]["image_size"]
+    if side == shapes_side and any(name != "shapes" for name in datasets):
+        raise UserError(f"{source}: of the shapes world, see --dataset shapes")
+    if side != shapes_side and "shapes" in datasets:
+        others = ", ".join(name for name in DATASETS if name != "shapes")
+        raise UserError(
+            f"--dataset shapes: {source} is not of the shapes world, it sees images of {side} "
+            f"pixels, not of {shapes_side}: name another benchmark ({others}, all)"
+        )
 
 
 def main() -> None:
     config, settings = parse(__doc__, EvalConfig, MaskConfig, presets=MASK_PRESETS)
     if config.json:
         refuse_folder(config.json)  # not after an hour
+    if config.dataset is None:
+        raise UserError(f"--dataset is needed: one of {', '.join(DATASETS)}, or 'all'")
     names = THESIS_DATASETS if config.dataset == "all" else [config.dataset]
     benchmarks = [load_benchmark(name, config.root) for name in names]
     if config.predictions:
         check_predictions(config, settings, benchmarks)
+    else:
+        for benchmark in benchmarks:  # mistakes in words, before CLIP's weights are fetched
+            with_words(completed(settings, benchmark.name), benchmark)
     device = choose_device(settings.device)
     start_processes(device, config.timeout)
     trained = Path(TrainConfig().out, "last.pt")
@@ -144,8 +175,7 @@ def main() -> None:
     if not config.predictions:
         with first_process_first():  # which fetches CLIP's weights
             clip, model = load_method(completed(settings), device)
-    if model and model.config.clip == "shapes" and names != ["shapes"]:
-        raise UserError(f"{settings.checkpoint}: of the shapes world, see --dataset shapes")
+        check_world(clip, names, settings.checkpoint or f"--clip {settings.clip}")
     results = []
     for benchmark in benchmarks:
         segmenter = make_segmenter(clip, model, benchmark, settings) if clip else None
@@ -156,10 +186,10 @@ def main() -> None:
         content = results[0]
         if config.dataset == "all":
             print(table_4_1(results))
-            content = {"average": float(np.mean([result["mIoU"] for result in results]))}
+            content = {"average": average(results)}
             content |= {"partial": any(r["partial"] for r in results), "datasets": results}
         if config.json:
-            save_text(json.dumps(content, indent=1), config.json)
+            save_text(json.dumps(content, indent=1, allow_nan=False), config.json)
     stop_processes()
 
 

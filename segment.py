@@ -5,17 +5,24 @@ Examples:
     python segment.py photo.jpg "a red balloon" grass --checkpoint code_released.pth
     python segment.py photo.jpg --caption "a dog and a red ball" --checkpoint code_released.pth
     python segment.py photos/ person bicycle --html out/page.html
+    python segment.py photos --words person photos                # what is a word and a folder too
+
+What exists on disk is an image or a folder of images, everything else a word. Where a word is also
+the name of a folder, --words says what the words are; all else then is images and folders. Of a
+folder every file with the suffix of an image is taken, those of its subfolders are not.
 
 For every image NAME it writes NAME.overlay.png (regions and a legend; with a caption also its
 words, shaded by every noun's word mask) and NAME.labels.png (an indexed PNG of the image's size:
 0 is background, i the i-th query), with --show-scores NAME.score-I.png. An image that cannot be
-read is named, the others are done, and the exit code is 2.
+read, or whose files cannot be written, is named, the others are done, and the exit code is 2.
 """
 
+import functools
 import json
 import os
 import sys
-from collections.abc import Sequence
+import zlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,7 +44,7 @@ from datasets.protocols import (
 )
 from model import CoDe, word_mask
 from segmenter import Segmenter, arg_max, with_background
-from sources import IMAGE_SUFFIXES, BadSample, read_image
+from sources import BadSample, read_image
 from support.device import choose_device
 from support.draw import (
     below,
@@ -52,6 +59,15 @@ from support.draw import (
 )
 from support.files import refuse_folder, save_text
 from support.page import page_item, word_content, write_page
+from support.system_files import added_by_system
+
+# Formats that cameras and the web have and Pillow does not read, or not everywhere.
+OTHER_SUFFIXES = {
+    *(".avif", ".eps", ".heic", ".heif", ".jxl", ".mpo", ".svg"),
+    *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"),
+}
+# Pillow knows these by name, but they are no pictures that it can decode.
+NO_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 @dataclass
@@ -60,6 +76,9 @@ class SegmentConfig:
 
     inputs: tuple[str, ...] = option(
         (), "images, folders of images, and the words to look for", positional=True
+    )
+    words: tuple[str, ...] | None = option(
+        None, "the words, where one of them is also the name of a file or folder"
     )
     caption: str | None = option(None, "take the nouns of this caption, and segment it too")
     no_background: bool = option(False, "every pixel gets the likeliest of the words")
@@ -80,30 +99,92 @@ class Result:
     labels: np.ndarray  # (H, W): 0 is background, i the i-th query
 
 
-def images_and_words(inputs: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """What exists is an image or a folder of images, anything else a query. Raises UserError."""
-    images: list[Path] = []
-    words: list[str] = []
+@functools.cache
+def readable_suffixes() -> set[str]:
+    """Of the images that Pillow reads here."""
+    formats = Image.registered_extensions()  # loads all its plugins
+    return {suffix for suffix, name in formats.items() if name in Image.OPEN.keys() - NO_IMAGES}
+
+
+def is_image_name(name: str) -> bool:
+    return Path(name).suffix.lower() in readable_suffixes() | OTHER_SUFFIXES
+
+
+def images_in(folder: str) -> list[Path]:
+    """The images of a folder, not of its subfolders. Raises UserError where there are none."""
+    try:
+        found = sorted(
+            path
+            for path in Path(folder).iterdir()
+            if is_image_name(path.name) and not path.is_dir() and not added_by_system(path.name)
+        )
+    except OSError as error:
+        raise UserError(f"{folder}: this folder cannot be read ({error.strerror})") from error
+    if not found:
+        raise UserError(f"{folder}: no images (.jpg, .png, .tif, ...) in this folder")
+    return found
+
+
+def images_and_words(
+    inputs: Sequence[str], words: Sequence[str] = ()
+) -> tuple[list[Path], list[str]]:
+    """Sort the inputs into images and words. Raises UserError.
+
+    What exists is an image or a folder of images, anything else a word; if words are given beside
+    the inputs, these are all images and folders.
+    """
+    places, unknown = [], []
     for given in inputs:
-        path = Path(given)
-        if os.path.isdir(given):  # a Path would raise on a query longer than any file name
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-            if not found:
-                raise UserError(f"{given}: no images ({', '.join(IMAGE_SUFFIXES)}) in this folder")
-            images += found
-        elif os.path.isfile(given):
-            images.append(path)
-        elif path.suffix.lower() in IMAGE_SUFFIXES or given.endswith("/"):
+        # os.path, since a Path would raise on a word longer than any file name.
+        (places if os.path.isdir(given) or os.path.isfile(given) else unknown).append(given)
+    for given in unknown:
+        if words or is_image_name(given) or given.endswith(("/", os.sep)):
             raise UserError(f"{given}: no such image or folder")
-        else:
-            words.append(" ".join(given.split()))
-    if not images:
-        missing = f" ({', '.join(words)}: no such file)" if words else ""
+    if not places:
+        missing = f" ({', '.join(unknown)}: no such file)" if unknown else ""
         raise UserError(f"no image given{missing}: name images or folders, then the words")
+    for given in places:
+        path_like = os.path.dirname(given) or is_image_name(given) or given in (".", "..")
+        if not (words or path_like or len(places) == 1):  # there are other images: a word, perhaps
+            kind = "folder" if os.path.isdir(given) else "file"
+            raise UserError(
+                f"{given}: there is a {kind} of this name; write {os.path.join('.', given)} if you "
+                "mean it, or the words after --words if it is one of them"
+            )
+    images = [
+        path
+        for given in places
+        for path in (images_in(given) if os.path.isdir(given) else [Path(given)])
+    ]
     distinct: dict[str, str] = {}
-    for word in words:
+    for word in [*unknown, *words]:
+        word = " ".join(word.split())
+        refuse_broken_text(word)
         distinct.setdefault(word.lower(), word)  # CLIP reads lower case
-    return images, list(distinct.values())
+    return list(dict.fromkeys(images)), list(distinct.values())
+
+
+def refuse_broken_text(text: str) -> None:
+    """Raises UserError for bytes that are no text in the system's encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{text!r}: its bytes are not UTF-8") from None
+
+
+def name_of_output(path: Path, taken: Collection[str]) -> str:
+    """The image's name without its suffix, shorter where a file system could not take the names
+    that are made of it, and numbered where another image has it (taken: in lower case)."""
+    name = path.stem
+    # 255 bytes at most, among them .score-255.png, and what a file is called until it is whole.
+    if len(os.fsencode(name)) > 200:
+        checksum = zlib.crc32(os.fsencode(name))
+        name = f"{os.fsencode(name)[:180].decode(errors='ignore')}-{checksum:08x}"
+    found, number = name, 1
+    while found.lower() in taken:
+        number += 1
+        found = f"{name}-{number}"
+    return found
 
 
 def queries(words: Sequence[str], config: SegmentConfig, settings: MaskConfig) -> list[str]:
@@ -245,8 +326,9 @@ def check_options(config: SegmentConfig, settings: MaskConfig) -> None:
 def main() -> None:
     config, settings = parse(__doc__, SegmentConfig, MaskConfig, presets=MASK_PRESETS)
     check_options(config, settings)
-    paths, words = images_and_words(config.inputs)
+    paths, words = images_and_words(config.inputs, config.words or ())
     if config.caption is not None:
+        refuse_broken_text(config.caption)
         config.caption = " ".join(word for word in config.caption.split() if tokens_of(word))
     names = queries(words, config, settings)
     if len(names) > 255:
@@ -265,28 +347,32 @@ def main() -> None:
     flat_palette = [0, 0, 0, *(value for colour in palette(len(names)) for value in colour)]
 
     out, taken, found, items, bad = Path(config.out), set(), {}, [], 0
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # before the first image is segmented
+    except OSError as error:
+        raise UserError(f"--out {out} could not be written ({error.strerror})") from error
     for path in paths:
+        name = name_of_output(path, taken)
         try:
             image = read_image(path, whole=True)
-        except BadSample as cause:
-            print(f"{sys.argv[0]}: error: {path}: {cause}", file=sys.stderr)
+            scores, size = segmenter.scores(image), (image.height, image.width)
+            best, index = (value.cpu() for value in arg_max(scores, size))
+            index, background = index - segmenter.first_class, settings.background
+            labels = index + 1 if config.no_background else with_background(best, index, background)
+            result = Result(name, image, best.numpy(), labels.numpy())
+            save_png(figure_of(result, names, config.caption, masks), out / f"{name}.overlay.png")
+            save_png(indexed(result.labels, flat_palette), out / f"{name}.labels.png")
+            if config.show_scores:
+                for i, score in enumerate(scores[segmenter.first_class :], start=1):
+                    score = F.interpolate(score[None, None], size, mode="bilinear")[0, 0]
+                    save_png(heat(image, score.cpu().numpy()), out / f"{name}.score-{i}.png")
+        except (BadSample, UserError, OSError) as cause:
+            unread = isinstance(cause, BadSample) and path.suffix.lower() not in readable_suffixes()
+            hint = "; Pillow reads no such files here: convert it to PNG" if unread else ""
+            print(f"{sys.argv[0]}: error: {path}: {cause}{hint}", file=sys.stderr)
             bad += 1
             continue
-        name = path.stem
-        while name in taken:  # images of the same name in several folders
-            name += "_"
-        taken.add(name)
-        scores, size = segmenter.scores(image), (image.height, image.width)
-        best, index = (value.cpu() for value in arg_max(scores, size))
-        index, background = index - segmenter.first_class, settings.background
-        labels = index + 1 if config.no_background else with_background(best, index, background)
-        result = Result(name, image, best.numpy(), labels.numpy())
-        save_png(figure_of(result, names, config.caption, masks), out / f"{name}.overlay.png")
-        save_png(indexed(result.labels, flat_palette), out / f"{name}.labels.png")
-        if config.show_scores:
-            for i, score in enumerate(scores[segmenter.first_class :], start=1):
-                score = F.interpolate(score[None, None], size, mode="bilinear")[0, 0].cpu().numpy()
-                save_png(heat(image, score), out / f"{name}.score-{i}.png")
+        taken.add(name.lower())
         found[str(path)] = shares(result, names)
         if config.html:
             shown = 0 if config.no_background else settings.background
@@ -298,7 +384,7 @@ def main() -> None:
     if config.html and items:
         write_page(items, config.html)
     if bad:
-        print(f"{bad} of {len(paths)} images could not be read", file=sys.stderr)
+        print(f"{bad} of {len(paths)} images could not be read or written", file=sys.stderr)
         sys.exit(2)
 
 
@@ -306,11 +392,12 @@ def announcement(settings: MaskConfig) -> str:
     """What is done without a checkpoint, with which weights, and how much is fetched."""
     if settings.clip == "shapes":
         return "no --checkpoint: MaskCLIP, without training, on the built-in CLIP"
+    named = settings.clip_weights or "openai"
     weights = {
         "none": "random weights, so the masks mean nothing",
         "openai": "openai's weights, fetched the first time",
-    }.get(settings.clip_weights, settings.clip_weights)
-    if (settings.clip, settings.clip_weights) == (MaskConfig.clip, MaskConfig.clip_weights):
+    }.get(named, named)
+    if (settings.clip, named) == (MaskConfig.clip, "openai"):
         weights += ": 600 MB"
     return f"no --checkpoint: NACLIP, without training, on {settings.clip} ({weights})"
 

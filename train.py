@@ -163,7 +163,7 @@ def main() -> None:
 
     model = CoDe(clip, model_config).to(device)
     parts = (make_optimizer(model, config), make_scaler(device, precision))
-    data = zlib.crc32("\n".join(source.names).encode())
+    data = zlib.crc32("\n".join(source.names).encode(errors="surrogateescape"))
     run = Run(model, *parts, config, loss_config, precision, data=data)
     if config.resume:
         resume_run(run, Path(config.out, "last.pt"))

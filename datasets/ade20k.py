@@ -35,8 +35,19 @@ def load(root: str) -> Benchmark:
     folder = Path(root) / "ade/ADEChallengeData2016"
     images = need(folder / "images/validation", root, TREE, SOURCE)
     labels = need(folder / "annotations/validation", root, TREE, SOURCE)
-    found = find(images, "*.jpg", root, TREE)
+    found = find([images], ".jpg", root, TREE)
     files = [(image, labels / f"{image.stem}.png") for image in found]
     table = lookup([(0, IGNORED), *((i + 1, i) for i in range(150))])
     raw_ids = tuple(range(1, 151))
-    return from_files("ade20k", CLASS_NAMES, False, files, table, raw_ids=raw_ids)
+    return from_files("ade20k", CLASS_NAMES, False, files, table, seems, raw_ids=raw_ids)
+
+
+def seems(maps: dict[str, set[int]]) -> str:
+    """What label maps with these ids seem to be (`from_files`)."""
+    ids = set().union(*maps.values())
+    if 255 in ids and ids <= {*range(150), 255}:
+        return (
+            "they seem to be numbered from 0, with 255 for what is ignored; take the annotations "
+            f"of {SOURCE} as they are, 1 to 150 and 0"
+        )
+    return ""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from datasets import IGNORED, Benchmark, find, from_files, lookup, need
+from datasets import IGNORED, Benchmark, entries, find, from_files, lookup, need
 
 TREE = "cityscapes/{leftImg8bit/val/*/*_leftImg8bit.png,gtFine/val/*/*_gtFine_labelIds.png}"
 SOURCE = (
@@ -15,7 +15,7 @@ CLASS_NAMES = (
     "motorcycle", "bicycle",
 )
 # fmt: on
-# The labelId of every class; all other ids are ignored.
+# The labelId of every class; all other ids up to 33 are ignored. -1 (licence plates) is not drawn.
 # fmt: off
 LABEL_IDS = (
     7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33,
@@ -32,18 +32,37 @@ COLOURS = (
 
 
 def load(root: str) -> Benchmark:
+    """Label ids are the labelIds of the dataset, not its trainIds. Raises UserError."""
     folder = Path(root) / "cityscapes"
     images = need(folder / "leftImg8bit/val", root, TREE, SOURCE)
     labels = need(folder / "gtFine/val", root, TREE, SOURCE)
-    found = find(images, "*/*_leftImg8bit.png", root, TREE)
+    cities = [images / entry.name for entry in entries(images) if entry.is_dir()]
+    found = find(cities, "_leftImg8bit.png", root, TREE)
     files = []
     for image in found:
         name = image.name.replace("_leftImg8bit", "_gtFine_labelIds")
         files.append((image, labels / image.parent.name / name))
-    table = lookup(((raw, i) for i, raw in enumerate(LABEL_IDS)), others=IGNORED)
+    table = lookup((raw, IGNORED) for raw in range(34))
+    table[list(LABEL_IDS)] = range(len(LABEL_IDS))
     palette = [0] * 768
     for raw, colour in zip(LABEL_IDS, COLOURS):
         palette[3 * raw : 3 * raw + 3] = colour
     return from_files(
-        "cityscapes", CLASS_NAMES, False, files, table, raw_ids=LABEL_IDS, palette=palette
+        "cityscapes", CLASS_NAMES, False, files, table, seems, raw_ids=LABEL_IDS, palette=palette
     )
+
+
+def seems(maps: dict[str, set[int]]) -> str:
+    """What label maps with these ids seem to be (`from_files`).
+
+    trainIds are 0 to 18 and 255. Most of them are labelIds too, of other classes; but 255 is none,
+    and whoever sees more than ten of the first 19 labelIds also sees vegetation (21), the sky (23)
+    or a car (26).
+    """
+    ids = set().union(*maps.values())
+    if ids <= {*range(19), 255} and (255 in ids or len(ids) > 10):
+        return (
+            "they seem to be trainIds (0 to 18, 255); take the files *_gtFine_labelIds.png of "
+            "gtFine_trainvaltest.zip as downloaded"
+        )
+    return ""

@@ -19,7 +19,11 @@ CLASS_NAMES = (
 
 
 def load(root: str) -> Benchmark:
-    """Things (pixel ids up to 90) are classes 1 to 80; all else, 255 included, is background."""
-    things = [(raw, i + 1) for i, raw in enumerate(coco_stuff.PIXEL_IDS) if raw <= 90]
-    table = lookup(things, others=0)
-    return from_files("coco_object", CLASS_NAMES, True, coco_stuff.files(root), table)
+    """Things (pixel ids up to 90) are classes 1 to 80; stuff and 255 (no label) are background.
+
+    Raises UserError for any other id.
+    """
+    pairs = [(raw, i + 1 if raw <= 90 else 0) for i, raw in enumerate(coco_stuff.PIXEL_IDS)]
+    table = lookup([*pairs, (255, 0)])
+    files = coco_stuff.files(root)
+    return from_files("coco_object", CLASS_NAMES, True, files, table, coco_stuff.seems)

@@ -52,11 +52,31 @@ def files(root: str) -> list[tuple[Path, Path]]:
     folder = Path(root) / "coco_stuff164k"
     images = need(folder / "images/val2017", root, TREE, SOURCE)
     labels = need(folder / "annotations/val2017", root, TREE, SOURCE)
-    found = find(images, "*.jpg", root, TREE)
+    found = find([images], ".jpg", root, TREE)
     return [(image, labels / f"{image.stem}.png") for image in found]
 
 
 def load(root: str) -> Benchmark:
     """Pixel ids go by PIXEL_IDS; 255 is ignored."""
     table = lookup([*((raw, index) for index, raw in enumerate(PIXEL_IDS)), (255, IGNORED)])
-    return from_files("coco_stuff", CLASS_NAMES, False, files(root), table, raw_ids=PIXEL_IDS)
+    return from_files(
+        "coco_stuff", CLASS_NAMES, False, files(root), table, seems, raw_ids=PIXEL_IDS
+    )
+
+
+def seems(maps: dict[str, set[int]]) -> str:
+    """What label maps with these ids seem to be (`from_files`).
+
+    Other files of COCO have ids that stuffthingmaps have too, of other classes; what tells them are
+    the ids that COCO never gave to a class, 11, 25, 28, ..., and the one beyond the last.
+    """
+    ids = set().union(*maps.values())
+    categories = {raw + 1 for raw in PIXEL_IDS}
+    kind = ""
+    if ids <= {0, *range(92, 184)} and not ids.isdisjoint({182, 183}):
+        kind = "those of stuff_val2017_pixelmaps, which have no things (183 stands for all)"
+    elif ids <= {0, *categories} and not ids <= {*PIXEL_IDS, 255}:
+        kind = "COCO's category ids (1 to 182, 0 for no label), one more than the ids expected"
+    elif ids <= {*range(171), 255} and not ids <= {*PIXEL_IDS, 255}:
+        kind = "numbered without gaps (0 to 170, 255), as *_labelTrainIds.png"
+    return f"they seem to be {kind}; take stuffthingmaps_trainval2017.zip" if kind else ""

@@ -6,7 +6,15 @@ from pathlib import Path
 import numpy as np
 
 from config import EvalConfig, MaskConfig, UserError
-from datasets import UNKNOWN, Benchmark, lookup, read_label
+from datasets import (
+    Benchmark,
+    check_palette,
+    ids_in,
+    lookup,
+    missing_files,
+    read_label,
+    unknown_ids,
+)
 
 
 def folder_of(folder: str, benchmark: Benchmark, config: EvalConfig) -> Path:
@@ -26,11 +34,10 @@ def check_predictions(
     for benchmark in benchmarks:
         folder = folder_of(config.predictions, benchmark, config)
         stems = benchmark.stems[: config.limit]
-        missing = [stem for stem in stems if not (folder / f"{stem}.png").is_file()]
-        if missing:
+        if missing := missing_files(folder / f"{stem}.png" for stem in stems):
             raise UserError(
                 f"--predictions {folder}: {len(missing)} of the {len(stems)} label maps of "
-                f"{benchmark.name} are missing, {missing[0]}.png first"
+                f"{benchmark.name} are missing, {missing[0].name} first"
             )
 
 
@@ -42,12 +49,20 @@ def read_prediction(
     The file holds raw label ids, as --save-predictions writes them. Raises UserError naming it.
     """
     path = folder / f"{benchmark.stems[i]}.png"
-    raw = read_label(path)
+    raw, palette = read_label(path)
     if raw.shape != (size[1], size[0]):
         height, width = raw.shape
         raise UserError(f"label map {path} is {width} x {height}, its image {size[0]} x {size[1]}")
-    predicted = lookup((raw_id, index) for index, raw_id in enumerate(benchmark.raw_ids))[raw]
-    if (predicted == UNKNOWN).any():
-        ids = ", ".join(map(str, np.unique(raw[predicted == UNKNOWN])[:5]))
-        raise UserError(f"label map {path} holds ids that {benchmark.name} does not have: {ids}")
-    return predicted
+    table = lookup((raw_id, index) for index, raw_id in enumerate(benchmark.raw_ids))
+    check_palette(path, raw, palette, benchmark.palette, table, strict=False)
+    present = ids_in(raw)
+    if unknown := unknown_ids(present, table):
+        ids = ", ".join(map(str, sorted(unknown)[:5]))
+        own, count = benchmark.raw_ids, len(benchmark.raw_ids)
+        hint = f"; its own are {own[0]} to {own[-1]}"
+        if own != tuple(range(count)) and max(present - {255}, default=count) < count:
+            hint += f"; these seem to be class indices, 0 to {count - 1}"
+        raise UserError(
+            f"label map {path} holds ids that {benchmark.name} does not have: {ids}{hint}"
+        )
+    return table[raw]

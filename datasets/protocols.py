@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from config import MaskConfig, UserError
-from datasets import Benchmark
+from datasets import Benchmark, reason
+from support.tables import printable
 
 PROTOCOLS = {
     "thesis": dict(
@@ -58,7 +59,8 @@ def described(config: MaskConfig) -> str:
     mixed = config.method == "code" and config.prior_weight > 0
     prior = f" with {config.prior_weight:.0%} {config.prior} prior" if mixed else ""
     refined = "refined" if config.pamr else "not refined"
-    names = config.names or ("class" if config.protocol == "thesis" else config.protocol) + " names"
+    names = config.names and printable(config.names)
+    names = names or ("class" if config.protocol == "thesis" else config.protocol) + " names"
     if config.background_words:
         names += f" and {config.background_words.count(',') + 1} of the background"
     return f"{config.protocol} protocol, {config.method}{prior}, {refined}, {names}"
@@ -78,11 +80,12 @@ def alternatives(line: str, where: str) -> list[str]:
 def read_names(path: str) -> list[str]:
     """A file of --names: a class a line, its alternatives separated by commas."""
     try:
-        lines = Path(path).read_text("utf-8-sig").rstrip().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--names {path}: cannot be read ({error})") from error
-    if not lines:
+        text = Path(path).read_text("utf-8-sig").rstrip()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--names {path}: cannot be read ({reason(error)})") from error
+    if not text:
         raise UserError(f"--names {path}: it is empty")
+    lines = text.split("\n")
     for i, line in enumerate(lines, start=1):
         alternatives(line, f"--names {path}, line {i}")
     return lines
@@ -90,7 +93,7 @@ def read_names(path: str) -> list[str]:
 
 def training_free_names(dataset: str) -> list[str]:
     """The lines of a benchmark's classes, the background's first where it has one."""
-    return json.loads(TRAINING_FREE_NAMES.read_text())[dataset]
+    return json.loads(TRAINING_FREE_NAMES.read_text("utf-8"))[dataset]
 
 
 def with_words(config: MaskConfig, benchmark: Benchmark) -> tuple[list[str], MaskConfig]:

@@ -27,4 +27,17 @@ def files(root: str) -> list[tuple[Path, Path]]:
 def load(root: str) -> Benchmark:
     """Label ids are class indices; 255 is ignored."""
     table = lookup([*((i, i) for i in range(21)), (255, IGNORED)])
-    return from_files("voc", CLASS_NAMES, True, files(root), table)
+    return from_files("voc", CLASS_NAMES, True, files(root), table, seems, strict_palette=True)
+
+
+def seems(maps: dict[str, set[int]]) -> str:
+    """What label maps with these ids seem to be (`from_files`).
+
+    In SegmentationObject every file numbers its objects 1, 2, 3, ...; that all of five files and
+    more hold class ids without a gap, one of them with three classes, does not happen.
+    """
+    counts = [len(ids - {0, 255}) for ids in maps.values()]
+    gapless = all(ids - {0, 255} == {*range(1, n + 1)} for ids, n in zip(maps.values(), counts))
+    if len(maps) >= 5 and gapless and max(counts) >= 3:
+        return "they seem to be the objects of SegmentationObject; take SegmentationClass"
+    return ""

@@ -160,7 +160,7 @@ def run_once(name: str, seed: int, config: AblateConfig) -> None:
         metrics["words"] = word_assignment_accuracy(segmenter.model, config.scenes)
     metrics["seconds"] = training_seconds(folder)
     metrics["asked"] = what_was_asked(name, config, segmenter.model.clip)
-    save_text(json.dumps(metrics, indent=1), folder / "metrics.json")
+    save_text(json.dumps(metrics, indent=1, allow_nan=False), folder / "metrics.json")
 
 
 def run_all(names: Sequence[str], config: AblateConfig) -> None:

@@ -11,7 +11,6 @@ of held-out `val` scenes without the prior branch, each at the best of a few thr
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import clip as clip_module
 from clip import SHAPES_WEIGHTS, load_clip, visual_hidden
 from config import MASK_PRESETS, TRAIN_PRESETS, MaskConfig, ModelConfig, option, parse, run_script
 from datasets import shapes
@@ -50,12 +48,11 @@ def class_masks(labels: np.ndarray, cells: int) -> Tensor:
 
 def main() -> None:
     (config,) = parse(__doc__, BoundConfig)
-    clip_module.SHAPES_WEIGHTS = Path(config.weights)
     torch.manual_seed(config.seed)
     rng = np.random.default_rng(config.seed)
     names = {name: TRAIN_PRESETS["shapes"][name] for name in ("mask_scale", "mask_bias")}
     settings = ModelConfig(clip="shapes", context_init="a photo of a", **names)
-    model = CoDe(load_clip("shapes"), settings)
+    model = CoDe(load_clip("shapes", config.weights), settings)
     segmenter, nouns = model.image_segmenter, model.class_embedding(list(shapes.OBJECTS))
     cells = settings.cells_per_patch * model.clip.visual.grid_size[0]
 

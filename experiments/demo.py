@@ -168,7 +168,7 @@ def main() -> None:
     table = ["| method | mIoU | pixel accuracy |", "|---|---|---|"]
     table += [f"| {n} | {f['mIoU']:.1f} | {f['pixel_accuracy']:.1f} |" for n, f in metrics.items()]
     save_text("\n".join(table), out / "metrics.md")
-    save_text(json.dumps(metrics, indent=1), out / "metrics.json")
+    save_text(json.dumps(metrics, indent=1, allow_nan=False), out / "metrics.json")
     print(f"\n{metrics['CoDe']['images']} held-out scenes, mIoU with background in percent:\n")
     print("\n".join(table))
     print(f"\ntrained in {trained:.0f} s, everything in {time.time() - start:.0f} s")

@@ -111,7 +111,7 @@ def small_batch(pair: int, config: TrainConfig, context_length: int) -> Pairs:
     samples = [stream.prepare(i, np.random.default_rng((config.seed, i))) for i in items]
     _, captions, drawn, others, _ = zip(*samples)
     batch = collate(*zip(*samples), context_length, with_released_labels=True)
-    scenes = [Image.fromarray(source.scene(i).image) for i in items]
+    scenes = [Image.fromarray(shapes.scene(source.split, i).image) for i in items]
     return Pairs(scenes, list(captions), list(drawn), list(others), batch)
 
 

@@ -1,6 +1,11 @@
 """Images of what the model does: overlays, legends, coloured captions, contact sheets."""
 
 import colorsys
+import functools
+import os
+import re
+import sys
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,8 +27,138 @@ def palette(count: int) -> list[Colour]:
     return colours
 
 
-def font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)
+# --- letters --------------------------------------------------------------------------------------
+
+# Where systems keep their fonts: Linux, macOS, Windows.
+FONT_FOLDERS = (
+    "/usr/share/fonts",
+    "/usr/local/share/fonts",
+    "~/.local/share/fonts",
+    "~/.fonts",
+    "/System/Library/Fonts",
+    "/Library/Fonts",
+    "~/Library/Fonts",
+    "$WINDIR/Fonts",
+    "$LOCALAPPDATA/Microsoft/Windows/Fonts",
+)
+# Taken first among the system's fonts, and last.
+_PLAIN = ("dejavusans.", "notosans-regular.", "notosanscjk-regular.", "arial.", "segoeui.")
+_STYLED = ("bold", "italic", "oblique", "mono", "condensed", "light", "serif", "thin", "black")
+_NEVER_ASSIGNED = "\U0010ffff"  # no font has it: drawn as what stands for missing letters
+
+
+@functools.cache
+def set_in_type(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
+    """What is drawn of a text, and the font that has its letters.
+
+    Pillow's own font if it has all of them, else one of the system's; else base letters stand for
+    letters with accents. What no font has is drawn as a box, and said on stderr, once.
+    """
+    text = unicodedata.normalize("NFC", text)  # names of files on a Mac hold accents apart
+    fonts = (None, *_system_fonts())
+    for path in fonts:
+        if not _missing(path, text):
+            return text, _load(path, size)
+    forms = {path: _with_base_letters(path, text) for path in fonts}
+    best = min(forms, key=lambda path: len(_missing(path, forms[path])))
+    if boxes := _missing(best, forms[best]):
+        _say_boxes(boxes)
+    return forms[best], _load(best, size)
+
+
+@functools.lru_cache(maxsize=16)  # each holds a file open
+def _load(path: str | None, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size) if path is None else ImageFont.truetype(path, size)
+
+
+@functools.cache
+def _system_fonts() -> list[str]:
+    """Font files, plain ones first."""
+    found = set()
+    for folder in FONT_FOLDERS:
+        for parent, _, names in os.walk(os.path.expandvars(os.path.expanduser(folder))):
+            fonts = (name for name in names if name.lower().endswith((".ttf", ".ttc", ".otf")))
+            found |= {os.path.join(parent, name) for name in fonts}
+
+    def rank(path: str) -> tuple:
+        name = os.path.basename(path).lower()
+        return not name.startswith(_PLAIN), any(style in name for style in _STYLED), name, path
+
+    return sorted(found, key=rank)
+
+
+def _missing(path: str | None, text: str) -> str:
+    """The letters of a text that a font lacks."""
+    return "".join(letter for letter in text if not letter.isspace() and not _has(path, letter))
+
+
+@functools.cache
+def _has(path: str | None, letter: str) -> bool:
+    """Whether a font has a letter: it draws another shape than for one that no font has."""
+    try:
+        ours, box = (_load(path, 20).getmask(form) for form in (letter, _NEVER_ASSIGNED))
+    except Exception:  # a damaged font of the system, or one of fixed sizes (coloured emoji)
+        return False
+    return ours.size != box.size or bytes(ours) != bytes(box)
+
+
+def _with_base_letters(path: str | None, text: str) -> str:
+    """A text in which base letters stand for the letters that a font lacks, if it has these."""
+    letters = []
+    for letter in text:
+        if not letter.isspace() and not _has(path, letter):
+            base = _base_letters(letter)
+            letter = letter if _missing(path, base) else base
+        letters.append(letter)
+    return "".join(letters)
+
+
+def _base_letters(letter: str) -> str:
+    """What is like a letter: "a" for "à", "o" for "ø", "ss" for "ß", "-" for any dash, "" for
+    what is not seen."""
+    found = ""
+    for part in unicodedata.normalize("NFKD", letter):
+        category, name = unicodedata.category(part), unicodedata.name(part, "")
+        latin = re.match(r"LATIN (CAPITAL|SMALL) LETTER (DOTLESS )?([A-Z]{1,2})( WITH|$)", name)
+        if category in ("Mn", "Cf"):  # accents, joiners, variants of emoji
+            continue
+        elif part == "ß":
+            found += "ss"
+        elif category == "Pd":
+            found += "-"
+        elif latin:
+            found += latin[3] if latin[1] == "CAPITAL" else latin[3].lower()
+        else:
+            found += part
+    return found
+
+
+_said_boxes: list[str] = []
+
+
+def _say_boxes(letters: str) -> None:
+    if not _said_boxes:
+        print(
+            f"no font of this system has {' '.join(dict.fromkeys(letters))}, so there are boxes in "
+            "the figures (https://fonts.google.com/noto has fonts of all scripts)",
+            file=sys.stderr,
+        )
+    _said_boxes.append(letters)
+
+
+def _length(text: str, size: int) -> float:
+    text, writing = set_in_type(text, size)
+    return writing.getlength(text)
+
+
+def _write(pen: ImageDraw.ImageDraw, x: float, y: float, text: str, ink: Colour, size: int) -> None:
+    """Text whose line begins at (x, y), all fonts on one baseline."""
+    text, writing = set_in_type(text, size)
+    ascent, _ = _load(None, size).getmetrics()
+    pen.text((x, y + ascent), text, ink, writing, anchor="ls")
+
+
+# --- images ---------------------------------------------------------------------------------------
 
 
 def overlay(
@@ -73,9 +208,9 @@ def legend(
     names: Sequence[str], colours: Sequence[Colour], width: int, size: int = 14
 ) -> Image.Image:
     """Names beside patches of their colours, in as many lines as the width needs."""
-    writing, places, x, y = font(size), [], size // 2, size // 2
+    places, x, y = [], size // 2, size // 2
     for name in names:
-        needed = int(writing.getlength(name)) + round(2.6 * size)
+        needed = int(_length(name, size)) + round(2.6 * size)
         if x + needed > width and x > size // 2:
             x, y = size // 2, y + round(1.6 * size)
         places.append((x, y))
@@ -84,7 +219,7 @@ def legend(
     pen = ImageDraw.Draw(image)
     for name, colour, (x, y) in zip(names, colours, places):
         pen.rectangle((x, y + 2, x + size, y + size + 2), fill=colour)
-        pen.text((x + round(1.4 * size), y), name, INK, writing)
+        _write(pen, x + round(1.4 * size), y, name, INK, size)
     return image
 
 
@@ -99,11 +234,11 @@ def coloured_text(
 
     A word with a colour is underlined with it, or set on a patch of it (`behind`).
     """
-    writing, space = font(letters), font(letters).getlength(" ")
+    space = _length(" ", letters)
     lines: list[list[tuple[float, str, Colour | None]]] = [[]]
     x = margin = letters / 2
     for word, colour in words:
-        length = writing.getlength(word)
+        length = _length(word, letters)
         if x + length > width - margin and lines[-1]:
             lines.append([])
             x = margin
@@ -116,12 +251,12 @@ def coloured_text(
     y = max(margin / 2, (height - step * len(lines)) / 2)
     for line in lines:
         for x, word, colour in line:
-            end = x + writing.getlength(word)
+            end = x + _length(word, letters)
             if colour is not None:
                 top, bottom = (-0.1, 1.4) if behind else (1.25, 1.45)
                 pen.rectangle((x, y + top * letters, end, y + bottom * letters), fill=colour)
             ink = PAPER if behind and colour and sum(colour) < 380 else INK
-            pen.text((x, y), word, ink, writing)
+            _write(pen, x, y, word, ink, letters)
         y += step
     return image
 
@@ -139,12 +274,13 @@ def contact_sheet(
     rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], cell: int = 160, gap: int = 6
 ) -> Image.Image:
     """Images in rows under column titles; each is scaled to a cell x cell square (nearest)."""
-    head, writing = 28, font(15)
+    head = 28
     width = gap + len(titles) * (cell + gap)
     sheet = Image.new("RGB", (width, head + len(rows) * (cell + gap)), PAPER)
     pen = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
         x = gap + column * (cell + gap)
+        title, writing = set_in_type(title, 15)
         pen.text((x + cell / 2, head / 2), title, INK, writing, anchor="mm")
         for row, images in enumerate(rows):
             image = images[column]

@@ -64,7 +64,7 @@ def word_content(caption: str | None, masks: np.ndarray | None) -> dict:
 
 def write_page(items: list[dict], path: str | Path) -> None:
     """The page of all images. Raises UserError."""
-    page = Path(__file__).with_name("page.html").read_text()
+    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     content = json.dumps(items).replace("<", "\\u003c")  # no caption can close the script
     with whole_file(path) as temporary:
-        temporary.write_text(page.replace("/*DATA*/[]", content))
+        temporary.write_text(page.replace("/*DATA*/[]", content), encoding="utf-8")

@@ -27,7 +27,8 @@ from model import CoDe  # noqa: E402
 
 try:
     nltk.data.find("taggers/averaged_perceptron_tagger_eng/")
-except LookupError:  # the small tagger of tests/make_tagger.py, for the processes of tests as well
+    nltk.data.find("tokenizers/punkt_tab/english/")
+except LookupError:  # the small data of tests/make_tagger.py, for the processes of tests as well
     nltk.data.path.append(str(ROOT / "tests" / "nltk_data"))
     os.environ["NLTK_DATA"] = os.pathsep.join(nltk.data.path)
 

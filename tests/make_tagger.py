@@ -1,7 +1,8 @@
-"""Train the small tagger of tests/nltk_data: python tests/make_tagger.py
+"""Make the small data of tests/nltk_data: python tests/make_tagger.py
 
-NLTK's own tagger data is a download. Where it is missing, the tests use NLTK's averaged perceptron
-trained on the captions below, which are ours. It knows their words and is no tagger for real data.
+NLTK's own data is a download. Where it is missing, the tests use NLTK's averaged perceptron trained
+on the captions below, which are ours, and Punkt with the abbreviations below. The tagger knows the
+captions' words and is no tagger for real data.
 """
 
 import json
@@ -11,6 +12,8 @@ from pathlib import Path
 from nltk.tag.perceptron import PerceptronTagger
 
 NAME = "averaged_perceptron_tagger_eng"  # as `nltk.pos_tag` looks it up
+# After which no sentence ends.
+ABBREVIATIONS = ("dr", "jr", "mr", "mrs", "ms", "prof", "sr", "st", "vs")
 CAPTIONS = """
 A/DT man/NN in/IN a/DT red/JJ jacket/NN is/VBZ riding/VBG a/DT horse/NN on/IN the/DT beach./NN The/DT dog/NN 's/POS ball/NN is/VBZ near/JJ ./.
 A/DT man/NN in/IN a/DT red/JJ jacket/NN rides/VBZ a/DT horse/NN along/IN the/DT beach/NN ./.
@@ -88,6 +91,12 @@ def main() -> None:
     contents = {"weights": weights, "tagdict": tags_of_words, "classes": sorted(tagger.classes)}
     for part, content in contents.items():
         (folder / f"{NAME}.{part}.json").write_text(json.dumps(content, sort_keys=True) + "\n")
+
+    folder = Path(__file__).parent / "nltk_data" / "tokenizers" / "punkt_tab" / "english"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "abbrev_types.txt").write_text("\n".join(ABBREVIATIONS))
+    for name in ("collocations.tab", "ortho_context.tab", "sent_starters.txt"):
+        (folder / name).write_text("")
 
 
 if __name__ == "__main__":

@@ -294,15 +294,3 @@ def test_folder(tmp_path):
     folder = sources.Folder(str(tmp_path))
     captions = [folder.read(item, None)[1] for _, item in folder.order(0, 0, 0, 1, folder.START)]
     assert sorted(captions) == ["caption of a", "caption of b", "caption of deep/c"]
-
-
-def test_missing_tagger_data_says_how_to_get_it(monkeypatch):
-    import nltk
-
-    def missing(*arguments, **more):
-        raise LookupError
-
-    monkeypatch.setattr(nltk, "pos_tag", missing)
-    monkeypatch.setattr(nltk, "download", lambda *a, **k: False)
-    with pytest.raises(UserError, match="NLTK_DATA"):
-        data.nltk_tagger()

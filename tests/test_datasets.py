@@ -149,6 +149,88 @@ def test_class_names_are_as_many_as_they_should_be():
 # --- mistakes -------------------------------------------------------------------------------------
 
 
+IMAGE = {"image_id": 1, "file_name": "a.jpg", "phase": "val", "height": 2, "width": 3}
+RLE = {"size": [2, 3], "counts": [0, 6]}
+ANNOTATION = {"image_id": 1, "category_id": 2, "segmentation": RLE}
+
+
+def merged(root: Path, text: str) -> Path:
+    folder = root / "VOCdevkit/VOC2010"
+    picture(folder / "JPEGImages/a.jpg")
+    (folder / "trainval_merged.json").write_text(text)
+    return root
+
+
+def without(entry: dict, name: str) -> dict:
+    return {key: value for key, value in entry.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    "image, annotation, said",
+    [
+        (3, ANNOTATION, "image 1 has no text 'phase'"),
+        (IMAGE | {"phase": 3}, ANNOTATION, "image 1 has no text 'phase'"),
+        (IMAGE | {"phase": "train"}, ANNOTATION, "no image of phase 'val'"),
+        (without(IMAGE, "image_id"), ANNOTATION, "image 1 has no number or text 'image_id'"),
+        (IMAGE | {"image_id": [1]}, ANNOTATION, "image 1 has no number or text 'image_id'"),
+        (IMAGE | {"file_name": 3}, ANNOTATION, "image 1 has no text 'file_name'"),
+        (IMAGE | {"file_name": "../a.jpg"}, ANNOTATION, "image 1 has the file_name '../a.jpg'"),
+        (IMAGE | {"file_name": "b.jpg"}, ANNOTATION, "1 of the 1 images .* missing, b.jpg first"),
+        (IMAGE | {"file_name": "b" * 400}, ANNOTATION, "1 of the 1 images .* are missing, bbb"),
+        (IMAGE | {"height": "2"}, ANNOTATION, "image 1 has no number 'height'"),
+        (IMAGE | {"width": float("nan")}, ANNOTATION, "image 1 has no number 'width'"),
+        (IMAGE | {"height": 0}, ANNOTATION, r"image 1 is of size \[0, 3\]"),
+        (IMAGE, "x", "annotation 1 has no number or text 'image_id'"),
+        (IMAGE, ANNOTATION | {"image_id": [1]}, "annotation 1 has no number or text 'image_id'"),
+        (IMAGE, without(ANNOTATION, "category_id"), "annotation 1 has no number 'category_id'"),
+        (IMAGE, ANNOTATION | {"category_id": "2"}, "annotation 1 has no number 'category_id'"),
+        (IMAGE, ANNOTATION | {"category_id": 600}, "annotation 1 has the category_id 600, of 459"),
+        (IMAGE, ANNOTATION | {"category_id": -1}, "annotation 1 has the category_id -1, of 459"),
+        (IMAGE, ANNOTATION | {"segmentation": [[1, 2]]}, "annotation 1 has no dict 'segmentation'"),
+        (IMAGE, RLE | {"counts": 5}, "the segmentation of annotation 1 has no text or list"),
+        (IMAGE, RLE | {"size": "2x3"}, "the segmentation of annotation 1 has no list 'size'"),
+        (IMAGE, RLE | {"size": [2, 3, 1]}, "annotation 1 has another size than its image"),
+        (IMAGE, RLE | {"counts": [-1, 7]}, "a.jpg: run lengths that are no counts"),
+        (IMAGE, RLE | {"counts": ["a"]}, "a.jpg: run lengths that are no counts"),
+        (IMAGE, RLE | {"counts": [0, 10**12]}, "a.jpg: a run-length mask does not fill its image"),
+        (IMAGE, RLE | {"counts": "\xff\u20ac"}, "a.jpg: 'ÿ' in compressed run lengths"),
+        (IMAGE, RLE | {"counts": "Oo"}, "a.jpg: run lengths that are no counts"),
+        (IMAGE, RLE | {"counts": "ooo"}, "a.jpg: a run-length mask does not fill its image"),
+    ],
+)
+def test_odd_entries_of_contexts_json(image, annotation, said, tmp_path):
+    if isinstance(annotation, dict) and "counts" in annotation:
+        annotation = ANNOTATION | {"segmentation": annotation}
+    merged(tmp_path, json.dumps({"images": [image], "annos_segmentation": [annotation]}))
+    with pytest.raises(UserError, match=f"(trainval_merged.json|JPEGImages).*{said}"):
+        context.load(tmp_path).label(0)
+
+
+def test_a_size_that_is_not_the_images_is_no_memory_error(tmp_path):
+    image = IMAGE | {"height": 10**9, "width": 10**9}
+    merged(tmp_path, json.dumps({"images": [image], "annos_segmentation": []}))
+    with pytest.raises(UserError, match="is 1000000000 x 1000000000, its image a.jpg 3 x 2"):
+        context.load(tmp_path).label(0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "3",
+        "{",
+        "[" * 100_000,
+        '{"images": null}',
+        json.dumps({"images": [IMAGE]}),
+        json.dumps({"images": [IMAGE, IMAGE], "annos_segmentation": []}),
+    ],
+)
+def test_files_that_are_not_contexts_json(text, tmp_path):
+    with pytest.raises(UserError, match="is not PASCAL Context's trainval_merged.json"):
+        context.load(merged(tmp_path, text))
+
+
 @pytest.mark.parametrize("name", [name for name in DATASETS if name != "shapes"])
 def test_a_missing_folder_says_what_was_looked_for(name, tmp_path):
     with pytest.raises(UserError) as error:
@@ -177,8 +259,8 @@ def test_unknown_label_id(tmp_path):
 def test_image_without_label(tmp_path):
     folder = write_voc(tmp_path, [[0, 1, 2], [0, 0, 0]])
     (folder / "SegmentationClass/a.png").unlink()
-    with pytest.raises(UserError, match=r"a\.png cannot be read \(no such file\)"):
-        voc.load(tmp_path).label(0)
+    with pytest.raises(UserError, match=r"1 of the 1 label files of voc are missing, a\.png first"):
+        voc.load(tmp_path)
 
 
 def test_truncated_image(tmp_path):

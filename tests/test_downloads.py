@@ -12,21 +12,25 @@ from conftest import ROOT
 
 pytestmark = pytest.mark.slow
 
-# A process whose internet is a zip of the small tagger; a slow one drips it.
+# A process whose internet is two zips, of the small tagger and of Punkt; a slow one drips them.
 FETCH = """
 import hashlib, io, pathlib, sys, time, zipfile
 import nltk.downloader
-slow, name = sys.argv[1] == "slow", "averaged_perceptron_tagger_eng"
-body = io.BytesIO()
-with zipfile.ZipFile(body, "w") as archive:
-    for path in sorted(pathlib.Path("tests/nltk_data/taggers", name).glob("*.json")):
-        archive.write(path, f"{name}/{path.name}")
-unzipped = sum(member.file_size for member in zipfile.ZipFile(body).infolist())
-body = body.getvalue()
-index = f'''<?xml version="1.0"?><nltk_data><packages><package id="{name}" name="{name}"
-subdir="taggers" url="http://localhost/{name}.zip" size="{len(body)}" unzip="1"
+slow, bodies, packages = sys.argv[1] == "slow", {}, ""
+for package in ("tokenizers/punkt_tab", "taggers/averaged_perceptron_tagger_eng"):
+    subdir, name = package.split("/")
+    folder, body = pathlib.Path("tests/nltk_data", subdir), io.BytesIO()
+    with zipfile.ZipFile(body, "w") as archive:
+        for path in sorted(folder.glob(f"{name}/**/*.*")):
+            archive.write(path, path.relative_to(folder))
+    unzipped = sum(member.file_size for member in zipfile.ZipFile(body).infolist())
+    bodies[name] = body = body.getvalue()
+    packages += f'''<package id="{name}" name="{name}" subdir="{subdir}"
+url="http://localhost/{name}.zip" size="{len(body)}" unzip="1"
 unzipped_size="{unzipped}" checksum="{hashlib.md5(body).hexdigest()}"
-sha256_checksum="{hashlib.sha256(body).hexdigest()}"/></packages><collections/></nltk_data>'''
+sha256_checksum="{hashlib.sha256(body).hexdigest()}"/>'''
+index = f'''<?xml version="1.0"?><nltk_data><packages>{packages}</packages><collections/>
+</nltk_data>'''
 
 class Dripping(io.BytesIO):
     def read(self, size=-1):
@@ -38,12 +42,12 @@ class Dripping(io.BytesIO):
 def urlopen(url, *more, **options):
     address = url if isinstance(url, str) else url.full_url
     if address.endswith(".zip"):
-        return (Dripping if slow else io.BytesIO)(body)
+        return (Dripping if slow else io.BytesIO)(bodies[pathlib.Path(address).stem])
     return io.BytesIO(index.encode())
 
 nltk.downloader.urlopen = urlopen
 from data import nltk_tagger
-print(nltk_tagger()(["kite"]))
+print(nltk_tagger()("a kite"))
 """
 
 

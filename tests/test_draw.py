@@ -1,6 +1,10 @@
 """Overlays, legends and sheets hold the pixels they should."""
 
+import unicodedata
+from pathlib import Path
+
 import numpy as np
+import pytest
 from PIL import Image
 
 from support import draw
@@ -79,3 +83,86 @@ def test_label_maps_stand_beside_the_image_and_hidden_classes_stay_untinted():
 def test_text_is_underlined_in_its_colour():
     image = np.asarray(draw.coloured_text([("a", None), ("kite", (0, 200, 0))], 100, height=40))
     assert (image == (0, 200, 0)).all(-1).sum() > 20
+
+
+# --- letters --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fonts_in(monkeypatch):
+    """Let fonts be looked for in these folders alone, and nothing be said yet."""
+
+    def look(*folders):
+        monkeypatch.setattr(draw, "FONT_FOLDERS", tuple(map(str, folders)))
+        monkeypatch.setattr(draw, "_said_boxes", [])
+        draw._system_fonts.cache_clear()
+        draw.set_in_type.cache_clear()
+
+    yield look
+    draw._system_fonts.cache_clear()
+    draw.set_in_type.cache_clear()
+
+
+def box_of(path, size: int = 20) -> bytes:
+    return bytes(draw._load(path, size).getmask("\U0010ffff"))
+
+
+@pytest.mark.parametrize(
+    "text, drawn",
+    [
+        ("dog", "dog"),
+        ("chien à poil", "chien a poil"),
+        ("jalapeño", "jalapeno"),
+        (unicodedata.normalize("NFD", "jalapeño"), "jalapeno"),  # names of files on a Mac
+        ("Übergröße", "Ubergrosse"),
+        ("Łódź, smørrebrød, ærø", "Lodz, smorrebrod, aero"),
+        ("fine – “ball”…", "fine - “ball”…"),
+        ("a\u200bb\ufe0f", "ab"),
+    ],
+)
+def test_without_fonts_base_letters_are_drawn(text, drawn, fonts_in, tmp_path, capsys):
+    fonts_in(tmp_path)
+    assert draw.set_in_type(text, 20)[0] == drawn
+    named, plain = (draw.legend([name], [RED], 400, 20) for name in (text, drawn))
+    assert np.array_equal(np.asarray(named), np.asarray(plain))
+    assert capsys.readouterr().err == ""
+
+
+def test_letters_that_no_font_has_are_said_once(fonts_in, tmp_path, capsys):
+    fonts_in(tmp_path)
+    draw.legend(["漢字 à", "🎈", "dog"], [RED, BLUE, GREEN], 400)
+    draw.coloured_text([("собака", None), ("dog", None)], 400)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "no font of this system has 漢 字," in said[0]
+    assert draw.set_in_type("漢字 à", 20)[0] == "漢字 a"
+
+
+def system_font() -> Path | None:
+    """A font with Latin letters that Pillow's own lacks."""
+    found = (path for path in draw._system_fonts() if not draw._missing(path, "àñßŁ"))
+    return next(map(Path, found), None)
+
+
+@pytest.mark.skipif(system_font() is None, reason="no font with accents here")
+def test_a_font_of_the_system_has_the_letters(fonts_in, tmp_path, capsys):
+    source = system_font()
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / source.name).write_bytes(source.read_bytes())
+    (tmp_path / "aaa.ttf").write_text("no font")  # is passed over
+    fonts_in(tmp_path / "nowhere", tmp_path)
+    for text in ("chien à poil", "jalapeño", "Übergröße", "Łódź"):
+        drawn, writing = draw.set_in_type(text, 20)
+        assert (drawn, Path(writing.path).name) == (text, source.name)
+        for letter in text.replace(" ", ""):
+            assert bytes(writing.getmask(letter)) != box_of(writing.path), letter
+    assert draw.set_in_type("dog", 20)[1].getname()[0] == draw._load(None, 20).getname()[0]
+    assert capsys.readouterr().err == ""
+
+
+def test_words_of_several_fonts_stand_on_one_baseline():
+    """ "n" ends on the same row whatever font the other letters of its word need."""
+    rows = []
+    for word in ("n", "ñ"):
+        image = np.asarray(draw.coloured_text([(word, None)], 60, 30)).min(-1)
+        rows.append(np.nonzero(image < 128)[0].max())
+    assert abs(int(rows[0]) - int(rows[1])) <= 1

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import golden
 import numpy as np
 import pytest
 import torch
@@ -12,10 +13,14 @@ import torch.nn.functional as F
 from conftest import ROOT, random_clip, random_model
 from PIL import Image
 
-from config import MaskConfig
-from datasets import IGNORED, load_benchmark
-from evaluate import IoU, main
+from clip import load_clip
+from config import MaskConfig, UserError
+from datasets import IGNORED, THESIS_DATASETS, load_benchmark
+from evaluate import IoU, check_world, main
 from segmenter import Segmenter, window_starts, with_background
+from support.tables import average, printable, table_4_1
+
+RAW = golden.folder() / "raw"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -119,10 +124,15 @@ def test_background_is_where_no_class_exceeds_the_threshold():
         (("--dataset", "shapes", "--method", "sam"), "'code' or one of maskclip, sclip"),
         (("--limit", "many"), "invalid int value: 'many'"),
         (("--limit", "0"), "--limit 0: must be at least 1"),
-        (("--stride", "96", "--window", "32"), "gaps would stay"),
+        (("--dataset", "shapes", "--stride", "96", "--window", "32"), "gaps would stay"),
         (("--json", "/tmp"), "a folder, not a file"),
         (("--datasets", "voc"), "unrecognized arguments"),
-        (("--device", "cuda:99", "--method", "maskclip"), "--device cuda:99"),
+        (
+            ("--dataset", "shapes", "--device", "cuda:99", "--method", "maskclip"),
+            "--device cuda:99",
+        ),
+        ((), "--dataset is needed: one of voc, context, coco_object, coco_stuff, cityscapes"),
+        (("--method", "naclip"), "--dataset is needed"),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line_and_exit_code_2(
@@ -136,6 +146,71 @@ def test_a_mistake_in_a_process_of_its_own():
     done = run("evaluate.py", "--dataset", "imagenet")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.startswith("evaluate.py: error: --dataset imagenet")
+
+
+def test_names_of_files_are_printed_on_every_terminal():
+    """Bytes that are not UTF-8 stop no table; other letters stay as they are."""
+    assert printable(os.fsdecode(b"caf\xe9")) == "caf\\udce9"
+    assert printable("jalapeño") == "jalapeño"
+
+
+# --- benchmarks that are not the checkpoint's -----------------------------------------------------
+
+
+def test_clip_and_benchmark_are_of_one_world():
+    """In both directions; the shapes world's sizes are none for photos, nor theirs for it."""
+    shapes, other = load_clip("shapes"), random_clip()  # which sees images of 32 pixels
+    check_world(shapes, ["shapes"], "a.pt")
+    check_world(other, THESIS_DATASETS, "a.pt")
+    for datasets in (["voc"], ["voc", "shapes"], THESIS_DATASETS):
+        with pytest.raises(UserError, match="a.pt: of the shapes world, see --dataset shapes"):
+            check_world(shapes, datasets, "a.pt")
+    with pytest.raises(UserError, match="a.pt is not of the shapes world, .*: name another bench"):
+        check_world(other, ["shapes"], "a.pt")
+
+
+@pytest.mark.parametrize("method", ["maskclip", "code"])
+def test_another_world_is_refused_on_the_command_line(method, mistake, monkeypatch):
+    """Also where only the CLIP of a checkpoint is used."""
+    model = random_model()
+    loaded = model.clip, model if method == "code" else None
+    monkeypatch.setattr("evaluate.load_method", lambda config, device: loaded)
+    arguments = ("--dataset", "shapes", "--method", method, "--checkpoint", "a.pt")
+    assert "--dataset shapes: a.pt is not of the shapes world" in mistake(main, *arguments)
+    monkeypatch.setattr("evaluate.load_method", lambda config, device: (load_clip("shapes"), None))
+    arguments = ("--dataset", "voc", "--root", RAW, "--method", method, "--checkpoint", "a.pt")
+    assert "a.pt: of the shapes world, see --dataset shapes" in mistake(main, *arguments)
+
+
+# --- nothing is labelled --------------------------------------------------------------------------
+
+
+def test_without_a_labelled_pixel_there_is_no_miou(tmp_path, monkeypatch, capsys):
+    """null in JSON, which has no NaN, and a line that says why; the mean of all six is none."""
+    folder = tmp_path / "ade/ADEChallengeData2016"
+    for name in ("images/validation", "annotations/validation"):
+        (folder / name).mkdir(parents=True)
+    Image.new("RGB", (4, 3)).save(folder / "images/validation/x.jpg")
+    Image.new("L", (4, 3)).save(folder / "annotations/validation/x.png")
+    Image.new("L", (4, 3), 1).save(tmp_path / "x.png")
+    arguments = ["--dataset", "ade20k", "--root", tmp_path, "--predictions", tmp_path]
+    arguments += ["--json", tmp_path / "m.json"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    main()
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("ade20k: no pixel of any image is labelled, so there is no mIoU, 1 im")
+
+    def no_constant(name: str):
+        raise AssertionError(f"{name} in JSON")
+
+    text = (tmp_path / "m.json").read_text()
+    metrics = json.loads(text, parse_constant=no_constant)
+    assert metrics["mIoU"] is None and metrics["pixel_accuracy"] is None
+    assert set(metrics["IoU"].values()) == {None}
+    others = [metrics | {"mIoU": 12.0}] * 5
+    assert average(others) == 12 and average([metrics, *others]) is None
+    row = table_4_1([metrics, *others]).splitlines()[2]
+    assert row.endswith("| - | 12.0 | 12.0 | 12.0 | 12.0 | 12.0 | - |")
 
 
 # --- the real thing -------------------------------------------------------------------------------

@@ -226,6 +226,20 @@ def test_a_line_of_names_is_read_as_it_stands(tmp_path):
     (tmp_path / "names.txt").write_bytes("\ufeffred  kite , kite\nbug\n\n".encode())
     assert read_names(str(tmp_path / "names.txt")) == ["red  kite , kite", "bug"]
     assert alternatives("red  kite , kite", "here") == ["red kite", "kite"]
+    (tmp_path / "windows.txt").write_bytes("\ufeffkite\r\nb\u2028ug\r\n".encode())
+    assert read_names(str(tmp_path / "windows.txt")) == ["kite", "b\u2028ug"]
+
+
+def test_files_of_names_that_cannot_be_read(tmp_path):
+    (tmp_path / "utf16.txt").write_text("kite\nbug\n", encoding="utf-16")
+    for path, why in (
+        (tmp_path / "utf16.txt", "not UTF-8"),
+        (tmp_path, "Is a directory"),
+        ("x" * 5000, "File name too long"),
+        ("a\0b", "embedded null byte"),
+    ):
+        with pytest.raises(UserError, match=rf"cannot be read \({why}\)"):
+            read_names(str(path))
 
 
 # --- label maps of another program ----------------------------------------------------------------

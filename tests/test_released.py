@@ -22,7 +22,7 @@ from pamr import pamr
 from segmenter import Segmenter
 
 GOLDEN = golden.folder()
-TRIPLES = sorted(path.stem for path in GOLDEN.glob("*.json"))
+TRIPLES = sorted(path.stem for path in GOLDEN.glob("tiny_*.json"))
 
 
 def load(name: str):

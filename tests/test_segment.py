@@ -1,9 +1,12 @@
 """segment.py: any image, any words, and the caption beside it."""
 
 import functools
+import io
 import json
+import os
 import re
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ from runs import OPTIONS, SETTINGS, segment
 
 from checkpoints.ours import load_model
 from clip import noun_prompts, text_hidden, tokenize, tokens_of
-from config import MaskConfig, UserError
+from config import MaskConfig, UserError, run
 from datasets import shapes
 from segment import (
     Result,
@@ -23,6 +26,7 @@ from segment import (
     images_and_words,
     load_segmenter,
     main,
+    name_of_output,
     shares,
     word_masks,
 )
@@ -241,10 +245,21 @@ def test_any_mode_and_orientation_and_a_bad_one_between_them(world, tmp_path):
         (("scene.png", "bug,"), "an empty name in 'bug,'"),
         (("scene.png", "bug", "--method", "sam"), "--method sam: 'code' or one of"),
         (("nothing", "bug"), "no images (.jpg"),
+        (("scene.png", "phto.tiff", "bug"), "phto.tiff: no such image"),
+        (("scene.png", "phto.HEIC", "bug"), "phto.HEIC: no such image"),
+        (("scene.png", "caf\udce9"), r"'caf\udce9': its bytes are not UTF-8"),
+        (("scene.png", "--caption", "a bug \udce9"), "its bytes are not UTF-8"),
+        (("scene.png", "nothing", "bug"), "nothing: there is a folder of this name; write ./n"),
+        (("scene.png", "a_file", "bug"), "a_file: there is a file of this name"),
+        (("scene.png", "bug", "--words", "wheel"), "bug: no such image or folder"),
+        (("scene.png", "--words", "bug", "--caption", "a bug"), "give one of them"),
+        (("scene.png", "--words", " "), "an empty name in ''"),
+        (("scene.png", "bug", "--out", "scene.png/x"), "--out scene.png/x could not be written"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(world, arguments, message, monkeypatch, mistake):
     (world / "nothing").mkdir(exist_ok=True)
+    (world / "a_file").write_text("")
     (world / "twice.txt").write_text("bug, beetle\nsand\nBug, fly\n")
     monkeypatch.chdir(world)
     assert message in mistake(main, *OPTIONS, *arguments)
@@ -258,6 +273,153 @@ def test_words_and_images_may_come_in_any_order(world):
     )
     with pytest.raises(UserError, match="no such image"):
         images_and_words(["other.jpeg"])
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch) -> Path:
+    """An empty working directory, and `photo(NAME)` in it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def photo(path, **options) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(shapes.scene("test", 2).image).save(path, **options)
+
+
+def segmented(capsys, *arguments, code: int = 0) -> tuple[list[str], str]:
+    """The images that a run names as done, and its stderr."""
+    with pytest.MonkeyPatch.context() as patch:
+        words = ["segment.py", "--preset", "shapes", "--no-pamr", "--out", "out", *arguments]
+        patch.setattr(sys, "argv", list(map(str, words)))
+        left = 0
+        try:
+            run(main)
+        except SystemExit as error:
+            left = error.code
+    said = capsys.readouterr()
+    assert left == code and "Traceback" not in said.err, said.err
+    lines = [line for line in said.out.splitlines() if " %" in line]
+    return [line.split(": ")[0] for line in lines], said.err
+
+
+def test_all_images_of_a_folder_that_pillow_reads(photos, capsys):
+    readable = ["a.jpg", "b.bmp", "b.tif", "b.TIFF", "b.gif", "c.jfif", "d.jp2", "e.webp", "f.ppm"]
+    for name in readable:
+        photo(Path("fm", name), **({"format": "JPEG"} if name.endswith("jfif") else {}))
+    for name in ("notes.txt", "clip.mpg", "data.h5", "report.pdf", "Thumbs.db", "._a.jpg"):
+        Path("fm", name).write_text("no image")
+    photo("fm/deep/g.jpg")
+    photo("fm/__MACOSX/a.jpg")
+    Path("fm/folder.jpg").mkdir()
+    done, said = segmented(capsys, "fm", "ball", "--json", "s.json")
+    assert done == [f"fm/{name}" for name in sorted(readable)] and said == ""
+    assert len(json.loads(Path("s.json").read_text())) == len(readable)
+    assert len(list(Path("out").glob("*.labels.png"))) == len(readable)  # b-2, b-3, ...
+
+
+def test_images_that_pillow_does_not_read_are_named(photos, capsys):
+    photo("fm/a.jpg")
+    photo("fm/b.heic", format="JPEG")  # named so, but what it holds counts
+    for name in ("c.heic", "d.CR2", "e.svg"):
+        Path("fm", name).write_bytes(b"\0\0\0\x18ftypheic")
+    done, said = segmented(capsys, "fm", "ball", code=2)
+    assert done == ["fm/a.jpg", "fm/b.heic"]
+    lines = said.splitlines()
+    assert len(lines) == 4 and lines[-1] == "3 of 5 images could not be read or written"
+    for line, name in zip(lines, ("c.heic", "d.CR2", "e.svg")):
+        assert f"fm/{name}: " in line and line.endswith("convert it to PNG")
+
+
+def test_words_that_are_folders_too(photos, capsys):
+    for name in ("a.jpg", "ball/0.jpg", "ball/1.jpg"):
+        photo(name)
+    words = ["ball", "kite"]
+    with pytest.raises(UserError, match=r"ball: there is a folder.* write \./ball if.* --words"):
+        images_and_words(["ball/0.jpg", *words])
+    assert images_and_words(["ball/0.jpg"], words) == ([Path("ball/0.jpg")], words)
+    both = [Path("ball/0.jpg"), Path("ball/1.jpg")]
+    assert images_and_words(["ball"], words) == (both, words)
+    # The short form, where it has one meaning.
+    assert images_and_words(["ball", "kite"]) == (both, ["kite"])
+    assert images_and_words(["a.jpg", "./ball", "kite"]) == ([Path("a.jpg"), *both], ["kite"])
+    assert images_and_words(["ball/", "a.jpg", "kite"]) == ([*both, Path("a.jpg")], ["kite"])
+    assert images_and_words([".", "ball/", "kite"])[0] == [Path("a.jpg"), *both]
+    assert images_and_words(["ball/0.jpg", "ball/", "kite"])[0] == both  # each once
+    done, _ = segmented(capsys, "ball/0.jpg", "--words", *words, "--json", "s.json")
+    assert done == ["ball/0.jpg"]
+    assert list(json.loads(Path("s.json").read_text())["ball/0.jpg"]) == words
+
+
+def test_a_folder_that_cannot_be_read(photos, monkeypatch):
+    def denied(_):
+        raise PermissionError(13, "Permission denied")
+
+    Path("locked").mkdir()
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(UserError, match=r"locked: this folder cannot be read \(Permission denied"):
+        images_and_words(["locked", "ball"])
+
+
+def test_long_names(photos, capsys):
+    long = ["漢" * 83, "漢" * 82 + "字", "x" * 251]
+    for name in (*long, "z"):
+        photo(Path("lg", f"{name}.jpg"[-255:]))
+    done, said = segmented(capsys, "lg", "ball", "--show-scores")
+    assert len(done) == 4 and said == ""
+    names = sorted(path.name for path in Path("out").glob("*.labels.png"))
+    assert len(names) == 4 and "z.labels.png" in names
+    for name in long:
+        (found,) = [n for n in names if n.endswith(f"-{zlib.crc32(name.encode()):08x}.labels.png")]
+        assert name.startswith(found.split("-")[0]) and len(found.encode()) < 215
+
+
+def test_names_of_outputs_are_distinct():
+    taken: set[str] = set()
+    for path in ("a/0.jpg", "b/0.jpg", "b/0-2.jpg", "c/0.png", "D/A.jpg", "D/a.jpg"):
+        name = name_of_output(Path(path), taken)
+        assert name.lower() not in taken  # also where a file system knows one case
+        taken.add(name.lower())
+    assert taken == {"0", "0-2", "0-2-2", "0-3", "a", "a-2"}
+    for _ in range(300):
+        name = name_of_output(Path("x" * 250 + ".jpg"), taken)
+        assert len(f"{name}.score-255.png.1234567.tmp") < 255
+        taken.add(name)
+
+
+def test_an_image_whose_files_cannot_be_written_is_named(photos, capsys):
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        photo(Path("fm", name))
+    Path("out/b.labels.png").mkdir(parents=True)
+    done, said = segmented(capsys, "fm", "ball", "--json", "s.json", code=2)
+    assert done == ["fm/a.jpg", "fm/c.jpg"]
+    first, last = said.splitlines()
+    assert "fm/b.jpg: out/b.labels.png: a folder, not a file to write" in first
+    assert last == "1 of 3 images could not be read or written"
+    assert list(json.loads(Path("s.json").read_text())) == done
+
+
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="such names cannot be there")
+def test_names_that_are_not_utf8(photos, monkeypatch, capsys):
+    name = os.fsdecode(b"caf\xe9 0")
+    photo(Path("latin", f"{name}.jpg"))
+    Path("latin", f"{name} 1.png").write_text("no image")
+    options = ("ball", "--out", "out", "--json", "s.json", "--html", "page.html")
+    strict = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", strict)
+        patch.setattr(
+            sys, "argv", ["segment.py", "--preset", "shapes", "--no-pamr", "latin", *options]
+        )
+        with pytest.raises(SystemExit) as left:
+            run(main)
+    strict.flush()
+    said = strict.buffer.getvalue().decode()
+    assert left.value.code == 2 and r"latin/caf\udce9 0.jpg: ball" in said
+    assert r"caf\udce9 0 1.png" in capsys.readouterr().err
+    assert list(json.loads(Path("s.json").read_text())) == [f"latin/{name}.jpg"]
+    assert r"caf\udce9 0" in Path("page.html").read_text(encoding="utf-8")
+    assert Path("out", f"{name}.labels.png").is_file()
 
 
 def test_word_masks_are_eq_3_3_for_every_word(world):
