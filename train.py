@@ -135,6 +135,8 @@ def check_options(config: TrainConfig, model_config: ModelConfig, loss_config: L
         raise UserError(
             f"{config.out} holds a run: --resume goes on with it, or name another --out"
         )
+    if beyond := [step for step in config.keep_steps if not 1 <= step <= config.steps]:
+        raise UserError(f"--keep-steps {beyond[0]}: not among the {config.steps} steps of the run")
     if config.eval_dataset:
         try:
             load_benchmark(config.eval_dataset, config.eval_root)  # not after an hour
@@ -264,6 +266,8 @@ def train(
         evaluates = config.eval_dataset and (progress.step % config.eval_every == 0 or last)
         if progress.step % config.checkpoint_every == 0 or last or stop or evaluates:
             save_run(out / "last.pt", *run_state)
+        if progress.step in config.keep_steps and process_rank() == 0:
+            save_checkpoint(model_content(model), out / f"step-{progress.step}.pt")
         if evaluates:  # after saving: whatever happens in it, the steps are kept
             reached = evaluate_model(model, config)
             if reached > progress.best and process_rank() == 0:

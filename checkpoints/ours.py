@@ -183,6 +183,7 @@ def resume_run(
     for before, now in (("places", "offsets"), ("turn", "next_worker")):  # earlier names
         content.setdefault(now, content.get(before))
     free = ("out", "device", "workers", "log_every", "checkpoint_every", "resume", "timeout")
+    free += ("keep_steps",)
     free += ("tensorboard", "eval_dataset", "eval_root", "eval_every", "eval_limit")
     free += ("pairs", "shards", "clip_weights")  # may have moved
     given = {"train_config": config, "model_config": model.config, "loss_config": loss_config}
