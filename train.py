@@ -73,7 +73,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
 
 
-def make_optimizer(model: CoDe, config: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over everything learned; weight decay on matrices and kernels only."""
     learned = [(name, p) for name, p in model.named_parameters() if not name.startswith("clip.")]
     prompts = ("context", "region_prompt", "word_prompt")

@@ -107,17 +107,13 @@ def mosaic(images: Tensor, rng: np.random.Generator, patch: int) -> tuple[Tensor
     Returns (B, 3, 2s, 2s) and the share of each close-up that a patch is: (B, 4, h*w), a sum of 1
     over the patches. Close-up 4 i + k is the k-th of image i.
     """
-    side, grid = images.shape[-1], 2 * images.shape[-1] // patch
+    side, half = images.shape[-1], images.shape[-1] // patch
     rows = images.view(-1, 2, 2, 3, side, side).permute(0, 3, 1, 4, 2, 5)
     mixed = rows.reshape(-1, 3, 2 * side, 2 * side)
-    share = torch.zeros(len(mixed), 2, 2, grid, grid)
-    half = grid // 2
-    for y in range(2):
-        for x in range(2):
-            share[:, y, x, y * half : (y + 1) * half, x * half : (x + 1) * half] = 1 / half**2
-    share = share.flatten(1, 2)
+    quarters = torch.eye(4).view(4, 2, 2).repeat_interleave(half, 1).repeat_interleave(half, 2)
+    share = (quarters / half**2).repeat(len(mixed), 1, 1, 1)
     for i in range(len(mixed)):
-        y, x = rng.integers(grid, size=2).tolist()
+        y, x = rng.integers(2 * half, size=2).tolist()
         mixed[i] = mixed[i].roll((patch * y, patch * x), (1, 2))
         share[i] = share[i].roll((y, x), (1, 2))
     return mixed, share.flatten(2)
@@ -176,7 +172,7 @@ def clip_optimizer(learned: nn.Module) -> torch.optim.AdamW:
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, step: int, constant: int, falling: int
 ) -> None:
-    """A short warm-up to 1e-3, `constant` steps there, and `falling` ones along a cosine to zero."""
+    """A short warm-up to 1e-3, `constant` steps there, then `falling` ones to zero by a cosine."""
     cosine = math.cos(math.pi * max(0, step - constant) / falling)
     for group in optimizer.param_groups:
         group["lr"] = 1e-3 * min(1, (step + 1) / 100) * (1 + cosine) / 2
