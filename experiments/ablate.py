@@ -110,7 +110,7 @@ def run_folder(name: str, seed: int, config: AblateConfig) -> Path:
 
 
 def check_settings(names: Sequence[str], config: AblateConfig) -> None:
-    """Note in --out what its runs have in common. Raises UserError if they were others before."""
+    """Note in --out what all its runs were made with. Raises UserError if that was another."""
     settings = {"--steps": config.steps, "--scenes": config.scenes}
     settings |= {"the preset": TRAIN_PRESETS["shapes"], "the masks' preset": MASK_PRESETS["shapes"]}
     settings["the CLIP"] = fingerprint(load_clip("shapes"))

@@ -10,6 +10,7 @@ time, and peaks of the memory: of the whole process, or on a GPU of its tensors.
 """
 
 import contextlib
+import os
 import resource
 import statistics
 import subprocess
@@ -118,8 +119,9 @@ def work(config: BenchConfig) -> None:
 def start_worker(piece: str, checkout: Path, config: BenchConfig) -> subprocess.Popen:
     command = [sys.executable, "-m", "experiments.bench", "--worker", "--only", piece]
     command += ["--device", config.device, "--precision", config.precision]
+    quiet = os.environ | {"TQDM_DISABLE": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=checkout, **pipes)
+    return subprocess.Popen(command, cwd=checkout, env=quiet, **pipes)
 
 
 def take_turn(worker: subprocess.Popen) -> float:
