@@ -35,7 +35,7 @@ from config import (
 from datasets.protocols import completed
 from experiments import read_figures as drawn
 from experiments import read_results as results
-from experiments.demo import kept_steps, train_both
+from experiments.demo import snapshot_steps, train_with_snapshots
 from experiments.read_draw import at, readable
 from experiments.read_pair import ROOT, branches, find, large_scene, models, observe, small_batch
 from support.files import save_text
@@ -239,12 +239,12 @@ def kept_figures(page: Path) -> dict[str, str]:
 def new_figures(config: ReadConfig) -> dict[str, str]:
     """Every figure, from the snapshots of a training on the shapes world."""
     demo = Path(config.demo)
-    if not (demo / "last.pt").exists() or len(list(demo.glob("step-*.pt"))) < 3:
+    if not (demo / "last.pt").exists() or len(list(demo.glob("snapshots/*.pt"))) < 3:
         print(f"no snapshots in {demo}: training first", flush=True)
-        train_both(demo, TRAIN_PRESETS["shapes"]["steps"])
+        train_with_snapshots(demo, None)
     content = read_checkpoint(demo / "last.pt")
     training, losses = TrainConfig(**content["train_config"]), LossConfig(**content["loss_config"])
-    steps = [0, *kept_steps(training.steps), training.steps]
+    steps = [0, *snapshot_steps(training.steps), training.steps]
     trained = models(demo, steps)
     pairs = small_batch(config.pair, training, len(trained[0].context))
     seen = [observe(model, pairs, training, losses) for model in trained]

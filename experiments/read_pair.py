@@ -126,7 +126,7 @@ def models(folder: Path, steps: Sequence[int]) -> list[CoDe]:
     """The model after each of these steps; the first is 0, and the last one's is last.pt."""
     found = []
     for step in steps:
-        path = folder / ("last.pt" if step == steps[-1] else f"step-{step}.pt")
+        path = folder / ("last.pt" if step == steps[-1] else f"snapshots/{step}.pt")
         content = read_checkpoint(folder / "last.pt" if step == 0 else path)
         model = first_model(content)
         if step:

@@ -181,7 +181,7 @@ def test_training_starts_from_the_model_of_step_0(tmp_path):
 def test_a_page_of_other_snapshots_has_their_values(tmp_path):
     """The whole builder, on five models that differ in their context and some scalars."""
     trained, content = CoDe(load_clip("shapes"), model_config()).eval(), first_content(16)
-    for step, name in ((1, "step-1"), (4, "step-4"), (8, "step-8"), (16, "last")):
+    for step, name in ((1, "snapshots/1"), (4, "snapshots/4"), (8, "snapshots/8"), (16, "last")):
         with torch.no_grad():
             trained.text_segmenter.word_scale.fill_(10 + step)
             trained.hcl_log_scale.fill_(2 + step / 16)
