@@ -126,6 +126,7 @@ class TrainConfig:
     )
     log_every: int = option(10, "steps between two lines of log.jsonl", low=1)
     checkpoint_every: int = option(1000, "steps between two checkpoints", low=1)
+    keep_steps: tuple[int, ...] = option((), "keep the model after each of these: step-N.pt")
     resume: bool = option(False, "go on from last.pt in --out")
     timeout: int = option(60, "minutes that processes wait for each other", low=1)
     eval_dataset: str | None = option(None, "benchmark to evaluate on; the best goes to best.pt")

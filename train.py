@@ -74,7 +74,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
 
 
-def make_optimizer(model: CoDe, config: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over everything learned; weight decay on matrices and kernels only."""
     learned = [(name, p) for name, p in model.named_parameters() if not name.startswith("clip.")]
     prompts = ("context", "region_prompt", "word_prompt")
@@ -137,6 +137,8 @@ def check_options(config: TrainConfig, model_config: ModelConfig, loss_config: L
         raise UserError(
             f"{config.out} holds a run: --resume goes on with it, or name another --out"
         )
+    if beyond := [step for step in config.keep_steps if not 1 <= step <= config.steps]:
+        raise UserError(f"--keep-steps {beyond[0]}: not among the {config.steps} steps of the run")
     if config.eval_dataset:
         try:
             load_benchmark(config.eval_dataset, config.eval_root)  # not after an hour
@@ -246,6 +248,8 @@ def train(run: Run, loader: Iterable[Batch | UserError], stopping: Sequence[floa
             log.write(run.step, rate, terms, more)
         if every(config.checkpoint_every) or evaluates or stop:
             save_run(run, out / "last.pt")
+        if run.step in config.keep_steps and process_rank() == 0:
+            save_checkpoint(model_content(model), out / f"step-{run.step}.pt")
         if evaluates:  # after saving: whatever happens in it, the steps are kept
             reached = evaluate_model(model, config)
             if reached > run.best and process_rank() == 0:

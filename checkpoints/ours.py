@@ -150,6 +150,7 @@ PROGRESS = ("step", "best", "next_worker", "data")
 # Options that may differ when a run goes on: none of them changes what is learned.
 FREE = (
     *("out", "device", "workers", "timeout", "resume", "log_every", "checkpoint_every"),
+    "keep_steps",
     *("tensorboard", "eval_dataset", "eval_root", "eval_every", "eval_limit"),
     *("pairs", "shards", "clip_weights"),  # may have moved
 )

@@ -15,33 +15,27 @@ import os
 import signal
 import statistics
 import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import open_clip
 import torch
-from PIL import Image
 
 from checkpoints.ours import fingerprint, read_checkpoint
 from clip import load_clip
 from config import MASK_PRESETS, TRAIN_PRESETS, UserError, option, parse, run_script
-from datasets import load_benchmark, shapes
+from experiments.demo import sheet
 from experiments.measure import (
     THRESHOLDS,
-    mean_and_deviation,
     mean_ious,
     segmenter_of,
+    start_training,
     training_seconds,
     true_mask_accuracy,
     word_assignment_accuracy,
 )
-from support.draw import below, contact_sheet, legend, overlay, palette, save_png
+from support.draw import save_png
 from support.files import save_text
-
-TRAIN = Path(__file__).parents[1] / "train.py"
 
 
 @dataclass
@@ -52,7 +46,7 @@ class AblateConfig:
     seeds: tuple[int, ...] = option(
         (), "training seeds (default: 0 to 4 in table 4.2, 0 to 2 in the others)"
     )
-    steps: int | None = option(None, "training steps (default: the preset's)", low=1)
+    steps: int = option(TRAIN_PRESETS["shapes"]["steps"], "training steps", low=1)
     scenes: int = option(500, "held-out scenes that the metrics are measured on", low=1)
     jobs: int = option(os.cpu_count() or 1, "runs at the same time, one thread each", low=1)
     out: str = option("out/ablation", "folder for the runs, ROW/SEED")
@@ -103,34 +97,8 @@ PARTS = next(iter(TABLES.values()))
 # Student's t at 95 % for two rows of so many seeds: how many standard errors are no noise.
 NOISE = {2: 4.30, 3: 2.78, 4: 2.45, 5: 2.31}
 
-CHILDREN: set[subprocess.Popen] = set()  # the trainings that run now
 
-
-# --- one run --------------------------------------------------------------------------------------
-
-
-def train(row: Row, seed: int, folder: Path, config: AblateConfig) -> None:
-    """Train to the end in a process of its own, going on from its last checkpoint if it has one."""
-    command = [sys.executable, str(TRAIN), "--preset", "shapes"]
-    command += ["--seed", str(seed), "--out", str(folder), "--workers", "0", *row.options]
-    command += ["--checkpoint-every", "100"]
-    command += ["--steps", str(config.steps)] if config.steps else []
-    command += ["--resume"] if (folder / "last.pt").exists() else []
-    settings = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    child = subprocess.Popen(
-        command, env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    CHILDREN.add(child)
-    line = (child.communicate()[1].strip().splitlines() or ["no message"])[-1]
-    CHILDREN.remove(child)
-    if child.returncode:
-        raise UserError(f"{folder}: training ended with exit code {child.returncode}: {line}")
-    if read_checkpoint(folder / "last.pt")["step"] < planned_steps(config):
-        raise KeyboardInterrupt  # it was asked to stop, and saved
-
-
-def planned_steps(config: AblateConfig) -> int:
-    return config.steps or TRAIN_PRESETS["shapes"]["steps"]
+# --- the runs -------------------------------------------------------------------------------------
 
 
 def seeds_of(name: str, config: AblateConfig) -> Sequence[int]:
@@ -141,74 +109,89 @@ def run_folder(name: str, seed: int, config: AblateConfig) -> Path:
     return Path(config.out) / name / str(seed)
 
 
-def what_was_asked(name: str, config: AblateConfig, clip: open_clip.CLIP) -> dict:
-    """What metrics depend on besides the seed, as JSON reads it back; kept with them."""
-    asked = {"options": ROWS[name].options, "steps": planned_steps(config)}
-    asked["presets"] = [TRAIN_PRESETS["shapes"], MASK_PRESETS["shapes"]]
-    asked |= {"clip": fingerprint(clip), "scenes": config.scenes}
-    return json.loads(json.dumps(asked))
+def check_settings(names: Sequence[str], config: AblateConfig) -> None:
+    """Note in --out what all its runs were made with. Raises UserError if that was another."""
+    settings = {"--steps": config.steps, "--scenes": config.scenes}
+    settings |= {"the preset": TRAIN_PRESETS["shapes"], "the masks' preset": MASK_PRESETS["shapes"]}
+    settings["the CLIP"] = fingerprint(load_clip("shapes"))
+    settings |= {f"the row {name}": ROWS[name].options for name in names}
+    settings = json.loads(json.dumps(settings))  # as they are read back
+    path = Path(config.out) / "settings.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    for name, value in settings.items():
+        if before.get(name, value) != value:
+            raise UserError(
+                f"{config.out}: its runs are of other options ({name}); remove it, or name another "
+                "--out"
+            )
+    save_text(json.dumps(before | settings, indent=1), path)
 
 
-def run_once(name: str, seed: int, config: AblateConfig) -> None:
-    """Train and measure one row with one seed, unless its metrics are there."""
+def run_once(name: str, seed: int, config: AblateConfig, trainings: set[subprocess.Popen]) -> None:
+    """Train one row with one seed, going on from its last checkpoint if it has one; measure it."""
     folder = run_folder(name, seed, config)
-    train(ROWS[name], seed, folder, config)
+    options = [*ROWS[name].options, "--seed", str(seed), "--steps", str(config.steps)]
+    options += ["--checkpoint-every", "100"]
+    options += ["--resume"] if (folder / "last.pt").exists() else []
+    training = start_training(folder, *options)
+    trainings.add(training)
+    line = (training.communicate()[1].strip().splitlines() or ["no message"])[-1]
+    trainings.remove(training)
+    if training.returncode:
+        raise UserError(f"{folder}: training ended with exit code {training.returncode}: {line}")
+    if read_checkpoint(folder / "last.pt")["step"] < config.steps:
+        raise KeyboardInterrupt  # it was asked to stop, and saved
+
     segmenter = segmenter_of(folder / "last.pt")
     metrics = {"mIoU": mean_ious(segmenter, config.scenes)}
     metrics["true_masks"] = true_mask_accuracy(segmenter.model, config.scenes)
     if segmenter.model.decomposes_text:
         metrics["words"] = word_assignment_accuracy(segmenter.model, config.scenes)
     metrics["seconds"] = training_seconds(folder)
-    metrics["asked"] = what_was_asked(name, config, segmenter.model.clip)
-    save_text(json.dumps(metrics, indent=1, allow_nan=False), folder / "metrics.json")
+    save_text(json.dumps(metrics, indent=1), folder / "metrics.json")
 
 
 def run_all(names: Sequence[str], config: AblateConfig) -> None:
     """All runs that are missing, `jobs` at a time."""
     wanted = [(name, seed) for name in names for seed in seeds_of(name, config)]
     wanted.sort(key=lambda job: job[1])  # one seed of every row after the other
-    folders = {job: run_folder(*job, config) for job in wanted}
-    missing = [job for job, folder in folders.items() if not (folder / "metrics.json").exists()]
+    missing = [job for job in wanted if not (run_folder(*job, config) / "metrics.json").exists()]
     print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are done", flush=True)
     torch.set_num_threads(1)
-    start = time.time()
+    trainings: set[subprocess.Popen] = set()  # those that run now
     with concurrent.futures.ThreadPoolExecutor(config.jobs) as pool:
-        futures = {pool.submit(run_once, *job, config): job for job in missing}
+        futures = {pool.submit(run_once, *job, config, trainings): job for job in missing}
         try:
             for future in concurrent.futures.as_completed(futures):
                 future.result()
-                print(f"{folders[futures[future]]}: done, {time.time() - start:.0f} s", flush=True)
+                print(f"{run_folder(*futures[future], config)}: done", flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for child in list(CHILDREN):
-                child.terminate()  # finishes its step and saves
+            for training in list(trainings):
+                training.terminate()  # finishes its step and saves
             raise
+
+
+def read_metrics(name: str, config: AblateConfig) -> list[dict]:
+    """Of every seed of a row."""
+    folders = [run_folder(name, seed, config) for seed in seeds_of(name, config)]
+    return [json.loads((folder / "metrics.json").read_text()) for folder in folders]
 
 
 # --- what is written ------------------------------------------------------------------------------
 
 
-def finished(names: Sequence[str], config: AblateConfig) -> dict[str, list[dict]]:
-    """Metrics of every row that has all its seeds. Raises UserError for one of other options."""
-    rows: dict[str, list[dict]] = {name: [] for name in names}
-    clip = load_clip("shapes")
-    for name in names:
-        asked = what_was_asked(name, config, clip)
-        for seed in seeds_of(name, config):
-            path = run_folder(name, seed, config) / "metrics.json"
-            if path.exists():
-                metrics = json.loads(path.read_text())
-                if metrics["asked"] != asked:
-                    raise UserError(
-                        f"{path}: of other options; remove its folder, or name another --out"
-                    )
-                rows[name].append(metrics)
-    return {n: runs for n, runs in rows.items() if len(runs) == len(seeds_of(n, config))}
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Of the seeds of a run, as it is printed; of one seed the mean alone."""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
 
 
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+def percentages(runs: list[dict], kind: str, parts: tuple[str, str]) -> str:
+    """Means over the seeds, where the row has this kind of metrics."""
+    if kind not in runs[0]:
+        return ""
+    return " / ".join(f"{statistics.mean(run[kind][part] for run in runs):.0f} %" for part in parts)
 
 
 def verdict(values: Sequence[float], others: Sequence[float]) -> str:
@@ -216,13 +199,13 @@ def verdict(values: Sequence[float], others: Sequence[float]) -> str:
 
     Beyond: by more standard errors than Student's t at 95 % for the smaller number of seeds.
     """
-    (mean, deviation), (other, other_deviation) = spread(values), spread(others)
-    error = math.sqrt(deviation**2 / len(values) + other_deviation**2 / len(others))
-    if math.isnan(error):
-        return f"{mean - other:+.1f} (one seed)"
-    limit = NOISE[min(len(values), len(others), 5)] * error
-    side = "**beyond** the noise" if abs(mean - other) > limit else "inside the noise"
-    return f"{mean - other:+.1f} ± {error:.1f}, {side}"
+    difference, seeds = statistics.mean(values) - statistics.mean(others), (values, others)
+    if min(map(len, seeds)) == 1:
+        return f"{difference:+.1f} (one seed)"
+    error = math.sqrt(sum(statistics.variance(found) / len(found) for found in seeds))
+    limit = NOISE[min(5, *map(len, seeds))] * error
+    side = "**beyond** the noise" if abs(difference) > limit else "inside the noise"
+    return f"{difference:+.1f} ± {error:.1f}, {side}"
 
 
 def table(names: Sequence[str], rows: dict[str, list[dict]]) -> list[str]:
@@ -240,22 +223,14 @@ def table(names: Sequence[str], rows: dict[str, list[dict]]) -> list[str]:
         if other in names:
             difference = verdict(at[0.4], [f["mIoU"]["0.4"] for f in rows[other]])
             difference += f" (to {ROWS[other].title})"
-        shares = {}
-        for kind, parts in (
-            ("words", ("nouns", "adjectives")),
-            ("true_masks", ("regions", "words")),
-        ):
-            if kind in rows[name][0]:
-                means = (statistics.mean(f[kind][part] for f in rows[name]) for part in parts)
-                shares[kind] = " / ".join(f"{mean:.0f} %" for mean in means)
         thesis = ROWS[name].thesis
         cells = [
             ROWS[name].title,
             mean_and_deviation(at[0.4]),
             f"{mean_and_deviation(at[best])} ({best})",
             difference,
-            shares.get("words", ""),
-            shares.get("true_masks", ""),
+            percentages(rows[name], "words", ("nouns", "adjectives")),
+            percentages(rows[name], "true_masks", ("regions", "words")),
             f"{statistics.median(f['seconds'] for f in rows[name]) / 60:.1f}",
             "" if thesis is None else f"{thesis:.1f}",
         ]
@@ -268,7 +243,7 @@ def report(rows: dict[str, list[dict]], maskclip: dict, config: AblateConfig) ->
     lines = [
         "# Ablations on the shapes world",
         "",
-        f"Made by `python -m experiments.ablate`: {planned_steps(config)} steps a run; mIoU with "
+        f"Made by `python -m experiments.ablate`: {config.steps} steps a run; mIoU with "
         f"background in percent on {config.scenes} held-out scenes, refined, threshold 0.4: mean "
         "± standard deviation of the seeds. A difference is beyond the noise when it exceeds "
         "Student's t at 95 % times its standard error. *Words assigned*: words whose likeliest "
@@ -284,28 +259,8 @@ def report(rows: dict[str, list[dict]], maskclip: dict, config: AblateConfig) ->
         if any(name in rows for name in names if name not in PARTS or names == PARTS):
             seeds = ", ".join(f"{len(rows[n])} of {ROWS[n].title}" for n in names if n in rows)
             lines += ["", f"## {title}", "", f"Seeds: {seeds}.", "", *table(names, rows)]
-    lines += ["", "![Scenes, ground truth and what each row of the first table makes of them]"]
-    lines[-1] += "(ablation.png)"
+    lines += ["", "![Scenes, and the regions of every row of the first table](ablation.png)"]
     return "\n".join(lines)
-
-
-def sheet(rows: dict[str, list[dict]], config: AblateConfig, scenes: int = 6) -> Image.Image:
-    """The thesis's figure 4.3: image, ground truth and every variant of table 4.2."""
-    names = [name for name in PARTS if name in rows]
-    paths = [run_folder(name, seeds_of(name, config)[0], config) / "last.pt" for name in names]
-    segmenters = [segmenter_of(path) for path in (None, *paths)]
-    benchmark, colours = load_benchmark("shapes", ""), palette(len(shapes.OBJECTS))
-    lines = []
-    for i in range(scenes):
-        large = shapes.scene("test", i, scale=2)
-        image, small, size = Image.fromarray(large.image), benchmark.image(i), large.label.shape
-        maps = [large.label.astype(int)]
-        maps += [segmenter.label_map(small, True, size).numpy() for segmenter in segmenters]
-        lines.append([image, *(overlay(image, labels - 1, colours) for labels in maps)])
-    titles = ["image", "ground truth", "MaskCLIP", *(ROWS[name].title for name in names)]
-    titles = ["baseline" if title == "image segmenter only" else title for title in titles]
-    grid = contact_sheet(lines, titles, 2 * shapes.SIDE)
-    return below(grid, legend(list(shapes.OBJECTS), colours, grid.width))
 
 
 def main() -> None:
@@ -317,11 +272,16 @@ def main() -> None:
     for given, values in (("--rows", names), ("--seeds", config.seeds)):
         if len(set(values)) < len(values):
             raise UserError(f"{given} {' '.join(map(str, values))}: one of them stands twice")
-    finished(names, config)  # metrics of other options, before the hours
+    check_settings(names, config)
     run_all(names, config)
-    rows, results = finished(names, config), Path(config.results)
+
+    results, rows = Path(config.results), {name: read_metrics(name, config) for name in names}
     text = report(rows, mean_ious(segmenter_of(None), config.scenes), config)
-    save_png(sheet(rows, config), results / "ablation.png")
+    shown = {"MaskCLIP": None}
+    for name in (name for name in PARTS if name in names):
+        shown[ROWS[name].title] = run_folder(name, seeds_of(name, config)[0], config) / "last.pt"
+    segmenters = {title: segmenter_of(path) for title, path in shown.items()}
+    save_png(sheet(segmenters, rows=6), results / "ablation.png")
     save_text(text, results / "ablation.md")
     print(f"{text}\n\n{results / 'ablation.md'}, {results / 'ablation.png'}")
 

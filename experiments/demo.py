@@ -4,35 +4,29 @@ alone and MaskCLIP.
     python -m experiments.demo            # or `make demo`; four minutes on two cores, no download
 
 Writes into --out: last.pt (the checkpoint), alone/ with that of the image segmenter alone,
-snapshots/ of the training for `make read`, sheet.png, metrics.json, metrics.md, scenes/ with some
-held-out images and captions for segment.py, and page.html with these scenes to be explored.
+step-N.pt (the model after some of the steps, for `make read`), sheet.png, metrics.json, metrics.md,
+scenes/ with some held-out images and captions for segment.py, and page.html with these scenes to be
+explored.
 """
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from checkpoints.ours import read_checkpoint
 from config import TRAIN_PRESETS, EvalConfig, UserError, option, parse, run_script
 from data import select_nouns, shapes_tagger
 from datasets import Benchmark, shapes
 from evaluate import evaluate
-from experiments.measure import segmenter_of
+from experiments.measure import segmenter_of, start_training
 from segment import word_masks
 from segmenter import Segmenter, arg_max
 from support.draw import below, coloured_text, contact_sheet, legend, overlay, palette, save_png
 from support.files import save_text
 from support.page import page_item, word_content, write_page
 
-TRAIN = Path(__file__).parents[1] / "train.py"
-SNAPSHOTS = (1, 4, 8)  # of the sixteen checkpoints of a training
 SCALE = 3  # scenes are shown so many times as large as the network sees them
 
 
@@ -41,9 +35,35 @@ class DemoConfig:
     """The demonstration."""
 
     out: str = option("out/demo", "folder for everything it writes")
-    steps: int | None = option(None, "training steps (default: the preset's)", low=1)
+    steps: int = option(TRAIN_PRESETS["shapes"]["steps"], "training steps", low=1)
     scenes: int = option(500, "held-out scenes that the metrics are measured on", low=1)
     rows: int = option(8, "scenes shown in the sheet", low=1)
+
+
+def kept_steps(steps: int) -> list[int]:
+    """After which steps the model is kept: a sixteenth, a quarter and a half of them."""
+    sixteenth = max(1, steps // 16)
+    return [step for step in (sixteenth, 4 * sixteenth, 8 * sixteenth) if step <= steps]
+
+
+def train_both(out: Path, steps: int) -> None:
+    """CoDe, and the image segmenter alone beside it (without a progress bar). Raises UserError."""
+    for folder in (out, out / "alone"):
+        for old in (folder / "last.pt", folder / "log.jsonl", *folder.glob("step-*.pt")):
+            old.unlink(missing_ok=True)
+    length, kept = ("--steps", str(steps)), map(str, kept_steps(steps))
+    code = start_training(out, *length, "--keep-steps", *kept, show=True)
+    alone = start_training(out / "alone", *length, "--no-co-decomposition")
+    try:
+        if code.wait():
+            raise UserError(f"training ended with exit code {code.returncode}")
+        message = alone.communicate()[1].strip().splitlines() or ["no message"]
+        if alone.returncode:
+            raise UserError(f"training the image segmenter alone: {message[-1]}")
+    finally:
+        for training in (code, alone):
+            training.kill()
+            training.wait()
 
 
 def caption_image(caption: str, colours: dict[str, tuple], side: int) -> Image.Image:
@@ -56,9 +76,9 @@ def caption_image(caption: str, colours: dict[str, tuple], side: int) -> Image.I
     return coloured_text(words, side, 22, height=side)
 
 
-def sheet(segmenters: dict[str, Segmenter], benchmark: Benchmark, rows: int) -> Image.Image:
-    """Image, caption, ground truth and every method's regions, one scene a row."""
-    colours = palette(len(shapes.OBJECTS))
+def sheet(segmenters: dict[str, Segmenter], rows: int) -> Image.Image:
+    """Image, caption, ground truth and every segmenter's regions, one held-out scene a row."""
+    benchmark, colours = shapes.load("", count=rows), palette(len(shapes.OBJECTS))
     by_noun = dict(zip(shapes.OBJECTS, colours))
     lines = []
     for i in range(rows):
@@ -85,60 +105,6 @@ def explored(code: Segmenter, benchmark: Benchmark, i: int) -> dict:
     return item | word_content(caption, word_masks(code.model, caption, nouns))
 
 
-def snapshot_steps(steps: int) -> list[int]:
-    """After how many of the steps a copy of last.pt is kept."""
-    return [number * max(1, steps // 16) for number in SNAPSHOTS]
-
-
-def start_training(out: Path, steps: int, *options: str, quiet: bool = False) -> subprocess.Popen:
-    """train.py on the shapes world in a process of its own, with one thread: two such small
-    trainings side by side are faster than one after the other."""
-    for name in ("last.pt", "log.jsonl"):  # an earlier demonstration's
-        (out / name).unlink(missing_ok=True)
-    command = [sys.executable, str(TRAIN), "--preset", "shapes", "--out", str(out)]
-    command += ["--steps", str(steps), "--workers", "0", *options]
-    kept = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    settings = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=settings, **kept if quiet else {})
-
-
-def train_with_snapshots(out: Path, steps: int | None) -> None:
-    """Run train.py anew on the shapes world and keep copies of last.pt in snapshots/STEP.pt.
-
-    train.py writes last.pt whole every sixteenth of the steps, which takes seconds: whoever looks
-    twenty times a second misses none. Raises UserError.
-    """
-    last, kept = out / "last.pt", out / "snapshots"
-    shutil.rmtree(kept, ignore_errors=True)
-    kept.mkdir(parents=True)
-    steps = steps or TRAIN_PRESETS["shapes"]["steps"]
-    wanted, newest = snapshot_steps(steps), None
-    with start_training(out, steps, "--checkpoint-every", str(max(1, steps // 16))) as training:
-        while training.poll() is None:
-            time.sleep(0.05)
-            if last.exists() and (written := last.stat().st_mtime_ns) != newest:
-                newest, copy = written, shutil.copyfile(last, kept / "newest")
-                if (step := read_checkpoint(copy)["step"]) in wanted:
-                    copy.rename(kept / f"{step}.pt")
-    (kept / "newest").unlink(missing_ok=True)
-    if training.returncode:
-        raise UserError(f"training ended with exit code {training.returncode}")
-
-
-def train_both(out: Path, steps: int | None) -> None:
-    """CoDe, and the image segmenter alone beside it (without a progress bar). Raises UserError."""
-    steps = steps or TRAIN_PRESETS["shapes"]["steps"]
-    alone = start_training(out / "alone", steps, "--no-co-decomposition", quiet=True)
-    try:
-        train_with_snapshots(out, steps)
-        message = alone.communicate()[1].strip().splitlines() or ["no message"]
-        if alone.returncode:
-            raise UserError(f"training the image segmenter alone: {message[-1]}")
-    finally:
-        alone.kill()
-        alone.wait()
-
-
 def main() -> None:
     (config,) = parse(__doc__, DemoConfig)
     out, start = Path(config.out), time.time()
@@ -157,7 +123,7 @@ def main() -> None:
         name: evaluate(segmenter, benchmark, EvalConfig())
         for name, segmenter in (segmenters | unrefined).items()
     }
-    save_png(sheet(segmenters, benchmark, config.rows), out / "sheet.png")
+    save_png(sheet(segmenters, config.rows), out / "sheet.png")
     code = segmenters["CoDe"]
     scenes = [explored(code, benchmark, i) for i in range(config.rows)]
     write_page(scenes, out / "page.html")
@@ -168,7 +134,7 @@ def main() -> None:
     table = ["| method | mIoU | pixel accuracy |", "|---|---|---|"]
     table += [f"| {n} | {f['mIoU']:.1f} | {f['pixel_accuracy']:.1f} |" for n, f in metrics.items()]
     save_text("\n".join(table), out / "metrics.md")
-    save_text(json.dumps(metrics, indent=1, allow_nan=False), out / "metrics.json")
+    save_text(json.dumps(metrics, indent=1), out / "metrics.json")
     print(f"\n{metrics['CoDe']['images']} held-out scenes, mIoU with background in percent:\n")
     print("\n".join(table))
     print(f"\ntrained in {trained:.0f} s, everything in {time.time() - start:.0f} s")

@@ -1,8 +1,13 @@
-"""What the experiments measure on the shapes world: of a run its regions, words and prompts; of a
-CLIP what it knows of this world."""
+"""Trainings on the shapes world, and what the experiments measure of them: regions, words, prompts.
+
+What a CLIP knows of this world without any of it is measured at the end.
+"""
 
 import json
+import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,46 +28,30 @@ from clip import (
     template_embedding,
     text_embedding,
     tokenize,
-    visual_hidden,
 )
 from config import MASK_PRESETS, MaskConfig
 from data import select_nouns, shapes_tagger
 from datasets import load_benchmark, shapes
 from datasets.protocols import completed
-from dense import dense_embedding
 from evaluate import IoU, make_segmenter
 from model import CoDe, highlight_image, highlight_text
 from segmenter import Segmenter, arg_max, with_background
 
+TRAIN = Path(__file__).parents[1] / "train.py"
 THRESHOLDS = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)  # of the background; 0.4 is the thesis's
 
 
-def segmenter_of(checkpoint: Path | None, **options) -> Segmenter:
-    """The segmenter of a run on the held-out scenes; without a checkpoint MaskCLIP's, or that of
-    another --method. options: fields of MaskConfig."""
-    options = {"method": "code" if checkpoint else "maskclip"} | options
-    path = str(checkpoint) if checkpoint else None
-    settings = MaskConfig(**MASK_PRESETS["shapes"] | {"checkpoint": path} | options)
-    clip, model = load_method(completed(settings), torch.device("cpu"))
-    return make_segmenter(clip, model, load_benchmark("shapes", ""), settings)
+def start_training(out: Path, *options: str, show: bool = False) -> subprocess.Popen:
+    """`train.py` on the shapes world in a process with one thread: of such small trainings, two
+    side by side are faster than one after the other.
 
-
-def mean_ious(
-    segmenter: Segmenter,
-    scenes: int,
-    thresholds: Sequence[float] = THRESHOLDS,
-    split: str = "test",
-) -> dict[str, float]:
-    """mIoU on held-out scenes at every threshold of the background, masks being made once."""
-    benchmark = shapes.load("", split, scenes)
-    sums = {threshold: IoU(len(benchmark.class_names)) for threshold in thresholds}
-    for i in range(scenes):
-        image = benchmark.image(i)
-        best, index = arg_max(segmenter.scores(image), image.size[::-1])
-        for threshold, iou in sums.items():
-            labels = with_background(best, index - segmenter.first_class, threshold)
-            iou.add(labels.numpy(), benchmark.label(i))
-    return {str(threshold): iou.mean() for threshold, iou in sums.items()}
+    show: let it write to the terminal; otherwise its messages are in the process's stderr.
+    """
+    command = [sys.executable, str(TRAIN), "--preset", "shapes", "--workers", "0"]
+    command += ["--out", str(out), *options]
+    settings = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    hidden = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=settings, **{} if show else hidden)
 
 
 def training_seconds(folder: Path) -> float:
@@ -73,10 +62,28 @@ def training_seconds(folder: Path) -> float:
     return settings["steps"] * settings["batch_size"] / speed
 
 
-def mean_and_deviation(values: Sequence[float]) -> str:
-    """Of the seeds of a run, as it is printed; of one seed the mean alone."""
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
+# --- of a trained model ---------------------------------------------------------------------------
+
+
+def segmenter_of(checkpoint: Path | None, pamr: bool = True) -> Segmenter:
+    """The segmenter of a run on the held-out scenes; without a checkpoint MaskCLIP's."""
+    options = {"checkpoint": str(checkpoint)} if checkpoint else {"method": "maskclip"}
+    settings = MaskConfig(**MASK_PRESETS["shapes"], **options, pamr=pamr)
+    clip, model = load_method(completed(settings), torch.device("cpu"))
+    return make_segmenter(clip, model, load_benchmark("shapes", ""), settings)
+
+
+def mean_ious(segmenter: Segmenter, scenes: int) -> dict[str, float]:
+    """mIoU on held-out scenes at every threshold of the background, masks being made once."""
+    benchmark = shapes.load("", count=scenes)
+    sums = {threshold: IoU(len(benchmark.class_names)) for threshold in THRESHOLDS}
+    for i in range(scenes):
+        image = benchmark.image(i)
+        best, index = arg_max(segmenter.scores(image), image.size[::-1])
+        for threshold, iou in sums.items():
+            labels = with_background(best, index - segmenter.first_class, threshold)
+            iou.add(labels.numpy(), benchmark.label(i))
+    return {str(threshold): iou.mean() for threshold, iou in sums.items()}
 
 
 def nouns_of_words(words: Sequence[str]) -> list[str | None]:
@@ -149,7 +156,7 @@ def true_mask_accuracy(model: CoDe, scenes: int) -> dict[str, float]:
     return {kind: 100 * statistics.mean(values) for kind, values in right.items()}
 
 
-# --- of a CLIP alone ----------------------------------------------------------------------------
+# --- of a CLIP alone ------------------------------------------------------------------------------
 
 
 def to_input(images: np.ndarray) -> Tensor:
@@ -159,43 +166,22 @@ def to_input(images: np.ndarray) -> Tensor:
 
 
 @torch.no_grad()
-def zero_shot_accuracy(clip: open_clip.CLIP, split: str, count: int = 500) -> float:
-    """Percent of single-object scenes whose object noun is found among the twelve."""
-    clip.eval()
-    scenes = [shapes.scene(split, i, objects=1) for i in range(count)]
-    names = list(shapes.OBJECTS)
+def zero_shot_accuracy(clip: open_clip.CLIP, scenes: int = 500) -> float:
+    """Percent of held-out scenes of a single object whose noun is found among the twelve."""
+    drawn, names = [shapes.scene("test", i, objects=1) for i in range(scenes)], list(shapes.OBJECTS)
     texts = template_embedding(clip, names, PRIOR_TEMPLATES)
-    images = image_embedding(clip, to_input(np.stack([s.image for s in scenes])))
+    images = image_embedding(clip, to_input(np.stack([scene.image for scene in drawn])))
     found = (images @ texts.T).argmax(1)
-    return 100 * float(np.mean([names[i] == s.things[0].noun for i, s in zip(found, scenes)]))
+    return 100 * float(np.mean([names[i] == s.things[0].noun for i, s in zip(found, drawn)]))
 
 
 @torch.no_grad()
-def retrieval_accuracy(clip: open_clip.CLIP, split: str, groups: int = 5) -> float:
-    """Percent of images whose own caption is the nearest among 100."""
-    clip.eval()
+def retrieval_accuracy(clip: open_clip.CLIP, groups: int = 5) -> float:
+    """Percent of held-out images whose own caption is the nearest among 100."""
     right = []
     for group in range(groups):
-        scenes = [shapes.scene(split, 100 * group + i) for i in range(100)]
-        images = image_embedding(clip, to_input(np.stack([s.image for s in scenes])))
-        texts = embed_texts(clip, tokenize([s.caption for s in scenes]))
+        drawn = [shapes.scene("test", 100 * group + i) for i in range(100)]
+        images = image_embedding(clip, to_input(np.stack([scene.image for scene in drawn])))
+        texts = embed_texts(clip, tokenize([scene.caption for scene in drawn]))
         right.append((images @ texts.T).argmax(1) == torch.arange(100))
     return 100 * float(torch.cat(right).float().mean())
-
-
-@torch.no_grad()
-def dense_accuracy(clip: open_clip.CLIP, split: str, count: int = 200) -> float:
-    """Percent of patches mostly inside one object whose dense feature finds it among 18 nouns."""
-    clip.eval()
-    scenes = [shapes.scene(split, i) for i in range(count)]
-    texts = template_embedding(clip, shapes.NOUNS, PRIOR_TEMPLATES)
-    images = to_input(np.stack([s.image for s in scenes]))
-    features = dense_embedding(clip, visual_hidden(clip, images), clip.visual.grid_size)
-    found = (features @ texts.T).argmax(-1).numpy()
-    grid, patch = clip.visual.grid_size[0], clip.visual.patch_size[0]
-    labels = np.stack([s.label for s in scenes]).reshape(count, grid, patch, grid, patch)
-    labels = labels.swapaxes(2, 3).reshape(count, grid**2, patch**2)  # scene, patch, pixel
-    values = np.median(labels, axis=-1)
-    sure = (labels == values[..., None]).mean(-1) > 0.6
-    sure &= values > 0
-    return 100 * float((found + 1 == values)[sure].mean())

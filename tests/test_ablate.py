@@ -1,7 +1,6 @@
 """The ablations: their tables follow from the runs, and the runs survive being stopped."""
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -24,10 +23,17 @@ from clip import (
     text_embedding,
     tokenize,
 )
-from config import TRAIN_PRESETS, LossConfig, ModelConfig, TrainConfig, parse
+from config import TRAIN_PRESETS, EvalConfig, LossConfig, ModelConfig, TrainConfig, parse
 from datasets import shapes
-from experiments.ablate import ROWS, TABLES, main, spread, table, verdict
-from experiments.measure import nouns_of_words, segmenter_of, to_input, true_mask_accuracy
+from evaluate import evaluate
+from experiments.ablate import ROWS, TABLES, main, mean_and_deviation, table, verdict
+from experiments.measure import (
+    mean_ious,
+    nouns_of_words,
+    segmenter_of,
+    to_input,
+    true_mask_accuracy,
+)
 from model import CoDe
 
 pytestmark = pytest.mark.slow
@@ -40,8 +46,9 @@ def metrics(mious: tuple[float, ...]) -> list[dict]:
     return [{"mIoU": {t: m + (t == "0.35") for t in every}, "seconds": 90.0} for m in mious]
 
 
-def test_spread_and_verdict():
-    assert spread([1.0, 2.0, 3.0]) == (2.0, 1.0)
+def test_mean_and_verdict():
+    assert mean_and_deviation([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
+    assert mean_and_deviation([2.04]) == "2.0"
     assert verdict([5.0, 6.0, 7.0], [1.0, 2.0, 3.0]) == "+4.0 ± 0.8, **beyond** the noise"
     assert verdict([2.0, 3.0, 4.0], [1.0, 2.0, 3.0]) == "+1.0 ± 0.8, inside the noise"
     assert verdict([1.0, 2.0, 3.0], [5.0, 6.0, 7.0]).startswith("-4.0 ± 0.8, **beyond**")
@@ -50,7 +57,6 @@ def test_spread_and_verdict():
     assert verdict([3.4, 4.4, 5.4], [1.0, 2.0, 3.0]).endswith("**beyond** the noise")
     assert verdict([4.2, 4.4, 5.2, 5.4, 6.4], five).startswith("+2.1 ± 0.8, **beyond**")
     assert verdict([2.0], [1.0]) == "+1.0 (one seed)"
-    assert math.isnan(spread([1.0])[1])
 
 
 def test_rows_of_the_tables():
@@ -62,6 +68,15 @@ def test_rows_of_the_tables():
     assert "| 1.5 | 31.0 |" in lines[3]
     named = [name for names in TABLES.values() for name in names]
     assert set(named) == set(ROWS)
+
+
+def test_mean_ious_are_those_of_an_evaluation():
+    segmenter, benchmark = segmenter_of(None), shapes.load("", count=3)
+    found = mean_ious(segmenter, 3)
+    for threshold in (0.3, 0.4):
+        segmenter.config.background = threshold
+        assert found[str(threshold)] == evaluate(segmenter, benchmark, EvalConfig())["mIoU"]
+    assert found["0.3"] != found["0.4"]
 
 
 def test_which_noun_a_word_speaks_of():
@@ -130,17 +145,21 @@ def test_it_trains_measures_draws_and_skips_what_is_done(tmp_path, mistake, monk
     assert (tmp_path / "cwr" / "0" / "metrics.json").stat().st_mtime_ns == before
 
     options = ("--rows", "baseline", "--seeds", "0", "--out", tmp_path)
-    assert "of other options" in mistake(main, *options, "--steps", "3", "--scenes", "4")
-    assert "of other options" in mistake(main, *options, "--scenes", "3")  # the preset's steps
-    monkeypatch.setitem(TRAIN_PRESETS["shapes"], "lr", 1.0)  # an edit of the preset
+    other = "of other options"
+    assert f"{other} (--scenes)" in mistake(main, *options, "--steps", "3", "--scenes", "4")
+    assert f"{other} (--steps)" in mistake(main, *options, "--scenes", "3")  # the preset's
     options = (*options, "--steps", "3", "--scenes", "3")
-    assert "of other options" in mistake(main, *options)
+    monkeypatch.setitem(TRAIN_PRESETS["shapes"], "lr", 1.0)
+    assert f"{other} (the preset)" in mistake(main, *options)
     monkeypatch.undo()
-    monkeypatch.setattr("experiments.ablate.fingerprint", lambda clip: 1)  # another CLIP
-    assert "of other options" in mistake(main, *options)
+    monkeypatch.setattr("experiments.ablate.fingerprint", lambda clip: 1)
+    assert f"{other} (the CLIP)" in mistake(main, *options)
+    monkeypatch.undo()
+    monkeypatch.setattr(ROWS["baseline"], "options", ())
+    assert f"{other} (the row baseline)" in mistake(main, *options)
     monkeypatch.undo()
     options = ("--rows", "cwr", "--seeds", "1", "0", "--out", tmp_path)  # one of them is done
-    assert "of other options" in mistake(main, *options, "--steps", "4", "--scenes", "3")
+    assert f"{other} (--steps)" in mistake(main, *options, "--steps", "4", "--scenes", "3")
 
 
 def test_it_can_be_stopped_and_given_again(tmp_path):

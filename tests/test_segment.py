@@ -18,7 +18,7 @@ from runs import OPTIONS, SETTINGS, segment
 
 from checkpoints.ours import load_model
 from clip import noun_prompts, text_hidden, tokenize, tokens_of
-from config import MaskConfig, UserError, run
+from config import MaskConfig, UserError, run_script
 from datasets import shapes
 from segment import (
     Result,
@@ -294,7 +294,7 @@ def segmented(capsys, *arguments, code: int = 0) -> tuple[list[str], str]:
         patch.setattr(sys, "argv", list(map(str, words)))
         left = 0
         try:
-            run(main)
+            run_script(main)
         except SystemExit as error:
             left = error.code
     said = capsys.readouterr()
@@ -412,7 +412,7 @@ def test_names_that_are_not_utf8(photos, monkeypatch, capsys):
             sys, "argv", ["segment.py", "--preset", "shapes", "--no-pamr", "latin", *options]
         )
         with pytest.raises(SystemExit) as left:
-            run(main)
+            run_script(main)
     strict.flush()
     said = strict.buffer.getvalue().decode()
     assert left.value.code == 2 and r"latin/caf\udce9 0.jpg: ball" in said

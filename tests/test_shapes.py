@@ -13,21 +13,16 @@ import torch
 from conftest import ROOT, random_clip
 
 from clip import (
-    PRIOR_TEMPLATES,
     SHAPES_WEIGHTS,
     embed_texts,
     image_embedding,
     load_clip,
-    template_embedding,
     text_hidden,
     tokenize,
-    visual_hidden,
 )
 from config import UserError
 from datasets import shapes
-from dense import dense_embedding
-from experiments.bound import class_masks
-from experiments.measure import dense_accuracy, retrieval_accuracy, to_input, zero_shot_accuracy
+from experiments.measure import retrieval_accuracy, to_input, zero_shot_accuracy
 from experiments.pretrain import (
     WORDS,
     PretrainConfig,
@@ -120,26 +115,8 @@ def test_the_shipped_clip_knows_its_world():
     clip, readme = load_clip("shapes"), (ROOT / "README.md").read_text().replace("\n", " ")
     objects = float(re.search(r"zero-shot accuracy is ([\d.]+) %", readme)[1])
     retrieval = float(re.search(r"([\d.]+) % of the images retrieve", readme)[1])
-    assert zero_shot_accuracy(clip, "test") == pytest.approx(objects, abs=0.25)
-    assert retrieval_accuracy(clip, "test") == pytest.approx(retrieval, abs=0.25)
-
-
-def test_dense_accuracy_by_hand():
-    clip, right = load_clip("shapes"), []
-    texts = template_embedding(clip, shapes.NOUNS, PRIOR_TEMPLATES)
-    for i in range(4):
-        scene = shapes.scene("val", i)
-        with torch.no_grad():
-            hidden = visual_hidden(clip, to_input(scene.image[None]))
-            features = dense_embedding(clip, hidden, (12, 12))[0]
-        for y in range(12):
-            for x in range(12):
-                label = scene.label[8 * y : 8 * y + 8, 8 * x : 8 * x + 8]
-                for number in range(1, 13):
-                    if (label == number).mean() > 0.6:
-                        right.append((texts @ features[12 * y + x]).argmax() == number - 1)
-    assert len(right) > 100
-    assert dense_accuracy(clip, "val", 4) == pytest.approx(100 * np.mean(right))
+    assert zero_shot_accuracy(clip) == pytest.approx(objects, abs=0.25)
+    assert retrieval_accuracy(clip) == pytest.approx(retrieval, abs=0.25)
 
 
 def test_words_and_learning_rate_of_the_pretraining():
@@ -149,11 +126,11 @@ def test_words_and_learning_rate_of_the_pretraining():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=9.0)
 
     def rate(step: int) -> float:
-        set_learning_rate(optimizer, step, constant=200, falling=100, peak=2.0)
+        set_learning_rate(optimizer, step, constant=200, falling=100)
         return optimizer.param_groups[0]["lr"]
 
-    assert [rate(step) for step in (0, 49, 99, 200)] == [0.02, 1.0, 2.0, 2.0]
-    assert rate(250) == pytest.approx(1.0) and rate(300) == pytest.approx(0.0)
+    assert [rate(step) for step in (0, 49, 99, 200)] == [1e-5, 5e-4, 1e-3, 1e-3]
+    assert rate(250) == pytest.approx(5e-4) and rate(300) == pytest.approx(0.0)
 
 
 @pytest.mark.slow
@@ -165,7 +142,7 @@ def test_a_short_pretraining_and_the_file_that_it_leaves(tmp_path, monkeypatch):
         [*command, "--out", str(tmp_path / "c.pt")], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "test split: " in done.stdout and "--word-steps 2" in done.stdout  # how it was made
+    assert "held-out scenes: " in done.stdout and "--word-steps 2" in done.stdout  # how it was made
     monkeypatch.setattr("clip.SHAPES_WEIGHTS", tmp_path / "c.pt")
     clip, shipped = load_clip("shapes"), torch.load(SHAPES_WEIGHTS, weights_only=True)
     stored = torch.load(tmp_path / "c.pt", weights_only=True)
@@ -191,15 +168,6 @@ def test_a_short_pretraining_and_the_file_that_it_leaves(tmp_path, monkeypatch):
 )
 def test_mistakes_of_a_pretraining(arguments, message, mistake):
     assert message in mistake(pretrain, *arguments)
-
-
-def test_masks_of_the_bound_are_shares_of_the_cells():
-    label = np.zeros((1, 64, 64), np.uint8)
-    label[0, :4, :6], label[0, 59:, 62:] = 3, 12
-    masks = class_masks(label, 32)
-    assert masks.shape == (1, 12, 32, 32)
-    assert masks[0, 2, :2, :3].eq(1).all() and masks[0, 11, 30:, 31].eq(1).all()
-    assert masks[0, 11, 29, 31] == 0.5 and masks.sum() == 6 + 2.5
 
 
 def test_close_ups_hold_their_object():

@@ -100,6 +100,19 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     load_model(tmp_path / "best.pt", CPU)
 
 
+def test_named_steps_are_kept(tmp_path):
+    options = (*TINY, "--steps", "4", "--out", tmp_path)
+    train(*options, "--keep-steps", "2", "4")
+    assert {path.name for path in tmp_path.glob("step-*")} == {"step-2.pt", "step-4.pt"}
+    second, fourth, last = (
+        load_model(tmp_path / name, CPU).learned_state()
+        for name in ("step-2.pt", "step-4.pt", "last.pt")
+    )
+    assert all(torch.equal(fourth[name], value) for name, value in last.items())
+    assert not torch.equal(second["context"], last["context"])
+    train(*options, "--resume", "--keep-steps", "3")  # other steps are no other run
+
+
 def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path):
     done = train(
         *(*TINY, "--steps", "4", "--checkpoint-every", "1", "--out", tmp_path),
@@ -187,6 +200,7 @@ def test_learning_rate():
         (("--preset", "shapes", "--resume", "--out", "nowhere"), "nowhere/last.pt: no such"),
         (("--preset", "shapes", "--pairs", "."), "--pairs and --preset shapes are two sources"),
         (("--pairs", ".", "--shards", "a.tar"), "--pairs and --shards are two sources"),
+        (("--preset", "shapes", "--keep-steps", "9", "401"), "--keep-steps 401: not among the 400"),
         (("--preset", "shapes", "--eval-dataset", "voc"), "--eval-root data should hold"),
         (("--preset", "shapes", "--eval-dataset", "vac"), "--eval-dataset vac: not one of"),
         (("--preset", "shapes", "--pseudo-labels", "best"), "'thesis' or 'release'"),
