@@ -1,9 +1,7 @@
 """The figures of section 3.4: embeddings, their similarities, and the whole loss over training."""
 
 import json
-from collections.abc import Callable
 
-import numpy as np
 from PIL import Image
 
 from docs.book.draw import STRIP, at, every, heat, row, scale, signed, two_strips, value
@@ -30,7 +28,7 @@ def figures(seen: Observations) -> dict[str, str]:
     return {
         "eq-3-6": every(seen, embeddings, "div") + scale(-STRIP, STRIP, "number"),
         "eq-3-7": row(before, after, kind="halves") + scale(-0.1, 1, "cosine") + every(seen, hcl),
-        "eq-3-8": bars(seen) + every(seen, total),
+        "eq-3-8": bars(seen),
     }
 
 
@@ -73,53 +71,23 @@ def hcl(o: Observation) -> str:
     return f"<p class='reading'>L<sub>hcl</sub> = {loss}, τ = {value('tau', tau, 4)}</p>"
 
 
-def total(o: Observation) -> str:
-    """Eq. 3.8's value for this batch."""
-    return f"<p class='reading'>L of the small batch: {value('total', o.terms['total'].item())}</p>"
-
-
-def plot(height: int, alt: str, draw: Callable[[int], str]) -> str:
-    """An SVG in two widths, so that its letters stay legible on a narrow screen."""
-    return "".join(
-        f'<svg class="{kind}" viewBox="0 0 {width} {height}" role="img" aria-label="{alt}">'
-        f"{draw(width)}</svg>"
-        for kind, width in (("broad", 800), ("slim", 360))
-    )
-
-
 def bars(seen: Observations) -> str:
     """Eq. 3.8: every logged step's L as a bar of its weighted terms."""
     log = [json.loads(line) for line in seen[0].log.read_text().splitlines()]
-    left, bottom, last = 36, 270, log[-1]["step"]
-    unit = (bottom - 12) / max(line["total"] for line in log)
-
-    def drawn(width: int) -> str:
-        room = width - left
-        bar, floor, parts = room / len(log) * 0.8, np.zeros(len(log)), []
-        for tick in range(0, int(250 / unit) + 1, 2):
-            y = bottom - tick * unit
-            parts.append(f'<path class="grid" d="M{left} {y:.1f}H{width}"/>')
-            parts.append(f'<text class="small end" x="{left - 6}" y="{y + 4:.1f}">{tick}</text>')
-        for i, term in enumerate(TERMS):
-            path = ""
-            for k, line in enumerate(log):
-                x, tall = left + room * line["step"] / last, line[term] * unit
-                corner = f"M{x - bar:.1f} {bottom - floor[k]:.1f}"
-                path += f"{corner}h{bar:.1f}v{-tall:.2f}h{-bar:.1f}z"
-                floor[k] += tall
-            parts.append(f'<path class="term-{i}" d="{path}"/>')
-        cursors = []
-        for o in seen:
-            x = left + room * o.step / last
-            cursors.append(
-                f'<path class="cursor" d="M{max(x, left + 1):.1f} 4V{bottom}"/>'
-                f'<text class="small middle" x="{min(x, width - 14):.1f}" y="290">{o.step}</text>'
-            )
-        return "".join(parts) + at(cursors, "g")
-
+    top, last = max(line["total"] for line in log), log[-1]["step"]
+    columns = ""
+    for line in log:
+        heights = enumerate(100 * line[term] / top for term in TERMS)
+        parts = "".join(f'<i class="term-{i}" style="height:{h:.2f}%"></i>' for i, h in heights)
+        columns += f'<div title="step {line["step"]}: L = {line["total"]:.2f}">{parts}</div>'
+    cursors = [f'<b style="right:{100 - 100 * o.step / last:.1f}%">{o.step}</b>' for o in seen]
     legend = "".join(
-        f'<span><i class="patch term-{i}"></i>{name}</span>' for i, name in enumerate(TERMS.values())
+        f'<span><i class="patch term-{i}"></i>{name}</span>'
+        for i, name in enumerate(TERMS.values())
     )
-    first, end = (f"{line['total']:.1f}" for line in (log[0], log[-1]))
-    alt = f"Stacked bars of the nine terms of L over the training, from {first} to {end}"
-    return f'{plot(300, alt, drawn)}<p class="legend">{legend}</p>'
+    ends = [f"{line['total']:.2f} at step {line['step']}" for line in (log[0], log[-1])]
+    return (
+        f'<div class="bars" role="img" aria-label="Stacked bars of the nine terms of L, from '
+        f'{ends[0]} to {ends[1]}">{columns}{at(cursors)}</div>'
+        f'<p class="legend">{legend}</p><p class="reading">L: from {ends[0]} to {ends[1]}</p>'
+    )

@@ -12,6 +12,7 @@ import html
 import importlib
 import inspect
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,13 +42,13 @@ class BookConfig:
 
 
 def code_block(name: str, is_open: bool = True) -> str:
-    """The source of "module.name" or "module.Class.name"; a line that names an equation is marked."""
+    """The source of "module.name" or "module.Class.name"; a line with an equation is marked."""
     module, *path = name.split(".")
     found = importlib.import_module(module)
     for part in path:
         found = getattr(found, part)
     found = inspect.unwrap(found)
-    text = inspect.getsource(found)
+    text = textwrap.dedent(inspect.getsource(found))
     coloured = highlight(text, PythonLexer(stripnl=False), HtmlFormatter(nowrap=True))
     lines = "".join(
         f'<span class="line{" eq" if "Eq." in plain else ""}">{line}\n</span>'
@@ -67,8 +68,7 @@ def code_blocks(names: str) -> str:
 
 
 def formula(latex: str, display: str = "inline") -> str:
-    latex = html.unescape(latex)
-    return convert(latex, display=display).replace(' xmlns="http://www.w3.org/1998/Math/MathML"', "")
+    return convert(html.unescape(latex), display=display)
 
 
 def equation(match: re.Match) -> str:
@@ -83,7 +83,7 @@ def equation(match: re.Match) -> str:
 def figure(name: str, figures: dict[str, str]) -> str:
     """A figure; one that changes with the steps says which step it shows."""
     moving = 'class="at ' in figures[name]
-    return f'{figures["when"] if moving else ""}{figures[name]}'
+    return f"{figures['when'] if moving else ''}{figures[name]}"
 
 
 def contents(page: str) -> str:

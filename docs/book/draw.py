@@ -28,14 +28,6 @@ def every(seen: Observations, draw: Callable[[Observation], str], tag: str = "sp
     return at([draw(o) for o in seen], tag)
 
 
-def every_noun(seen: Observations, draw: Callable[[Observation, int, str], str], kind: str) -> str:
-    """A row for each of the first pair's nouns: draw(observation, j, noun)."""
-    nouns = enumerate(seen[0].pairs.nouns[0])
-    return "".join(
-        row(at([draw(o, j, noun) for o in seen], "span"), kind=kind) for j, noun in nouns
-    )
-
-
 def signed(number: float, digits: int = 2) -> str:
     """A number with a true minus sign, and no negative zero."""
     return f"{round(number, digits) + 0.0:.{digits}f}".replace("-", "\N{MINUS SIGN}")

@@ -1,32 +1,35 @@
 """The figures of section 3.3: both equations written with the pair's own image and words."""
 
-from docs.book.draw import blend, chip, every, every_noun, pixels, tile
+from docs.book.draw import blend, chip, every, pixels, row, tile
 from docs.book.observe import Observation, Observations
 
 
 def figures(seen: Observations) -> dict[str, str]:
     return {
-        "eq-3-4": every_noun(seen, highlighted_image, "sum"),
+        "eq-3-4": every(seen, highlighted_image, "div"),
         "eq-3-5": every(seen, highlighted_text, "div"),
     }
 
 
-def highlighted_image(o: Observation, j: int, noun: str) -> str:
-    """Eq. 3.4: X^v * M^v + P^v * (1 - M^v) = H^v."""
-    mask, prompt = o.d.m_v[j, 0], pixels(o.region_prompt)
-    parts = [
-        tile(pixels(o.pairs.batch.images[0]), "The image", "X<sup>v</sup>"),
-        tile(mask, f"Region mask of {noun}", "M<sup>v</sup>"),
-        tile(prompt, "The learned region prompt", "P<sup>v</sup>"),
-        tile(1 - mask, f"All that is not {noun}", "1 − M<sup>v</sup>"),
-        tile(
-            pixels(o.d.h_v[j, 0]),
-            f"{noun} in the image, the prompt elsewhere",
-            f"H<sup>v</sup> of {chip(noun, j)}",
-        ),
-    ]
-    signs = [f"<b>{sign}</b>" for sign in "∗+∗="] + [""]
-    return "".join(part + sign for part, sign in zip(parts, signs))
+def highlighted_image(o: Observation) -> str:
+    """Eq. 3.4 in images: X^v * M^v + P^v * (1 - M^v) = H^v, a row for each noun."""
+    rows = ""
+    for j, noun in enumerate(o.pairs.nouns[0]):
+        mask = o.d.m_v[j, 0]
+        title = f"H<sup>v</sup> of {chip(noun, j)}"
+        rows += row(
+            tile(pixels(o.pairs.batch.images[0]), "The image", "X<sup>v</sup>"),
+            "<b>∗</b>",
+            tile(mask, f"Region mask of {noun}", "M<sup>v</sup>"),
+            "<b>+</b>",
+            tile(pixels(o.region_prompt), "The learned region prompt", "P<sup>v</sup>"),
+            "<b>∗</b>",
+            tile(1 - mask, f"All that is not {noun}", "1 − M<sup>v</sup>"),
+            "<b>=</b>",
+            tile(pixels(o.d.h_v[j, 0]), f"{noun} in the image, the prompt elsewhere", title),
+            kind="sum",
+        )
+    return rows
 
 
 def highlighted_text(o: Observation) -> str:

@@ -1,4 +1,4 @@
-"""What the page shows: the `Decomposition` of a few held-out pairs after some steps of a training."""
+"""What the page shows: the `Decomposition` of held-out pairs after some steps of a training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +12,9 @@ from torch import Tensor
 
 from checkpoints.ours import load_model, read_checkpoint
 from clip import load_clip
-from config import LossConfig, ModelConfig, TrainConfig, UserError
+from config import ModelConfig, TrainConfig, UserError
 from data import Batch, PairStream, collate, shapes_tagger
 from datasets import shapes
-from losses import code_loss
 from model import CoDe, Decomposition
 from sources import ShapesWorld
 from train import logistic_noise
@@ -48,7 +47,6 @@ class Observation:
     step: int
     pairs: Pairs
     d: Decomposition
-    terms: dict[str, Tensor]  # of Eq. 3.8 as weighted, and "total"
     region_prompt: Tensor  # P^v
     temperature: float  # tau of Eq. 3.7
     log: Path  # of the whole training
@@ -93,7 +91,7 @@ def observe(run: Path, pair: int) -> list[Observation]:
     if not kept:
         raise UserError(f"{run} holds no step-N.pt to show: `make demo` leaves some in out/demo")
     content = read_checkpoint(run / "last.pt")
-    config, losses = TrainConfig(**content["train_config"]), LossConfig(**content["loss_config"])
+    config = TrainConfig(**content["train_config"])
     models = {0: first_model(ModelConfig(**content["model_config"]), config.seed)}
     models |= {step: load_model(kept[step], CPU) for step in sorted(kept)}
 
@@ -104,8 +102,6 @@ def observe(run: Path, pair: int) -> list[Observation]:
     seen = []
     for step, model in models.items():
         d = model(pairs.batch, noise)
-        terms = code_loss(d, model, losses)
         tau = 1 / model.logit_scales()["hcl"].item()
-        log = run / "log.jsonl"
-        seen.append(Observation(step, pairs, d, terms, model.region_prompt, tau, log))
+        seen.append(Observation(step, pairs, d, model.region_prompt, tau, run / "log.jsonl"))
     return seen

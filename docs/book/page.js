@@ -30,7 +30,7 @@ play.addEventListener("click", () => {
 slider.addEventListener("input", () => { stop(); show(Number(slider.value)); });
 document.addEventListener("keydown", (event) => {
   const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-  const elsewhere = event.target.closest("input, [tabindex]");
+  const elsewhere = event.target.closest("input, pre");
   if (!step || elsewhere || event.ctrlKey || event.metaKey || event.altKey) return;
   stop();
   show(Math.min(last, Math.max(0, Number(slider.value) + step)));
@@ -55,24 +55,5 @@ contents.addEventListener("click", (event) => {
 });
 fold();
 
-// What is wider than the page is scrolled by the keyboard too; the rest is no stop of Tab.
-const boxes = [...document.querySelectorAll(".scroll, .code pre, .equation")];
-function edge(box) {
-  box.classList.toggle("more", box.scrollLeft + box.clientWidth < box.scrollWidth - 2);
-}
-function stops() {
-  for (const box of boxes) {
-    if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0;
-    else box.removeAttribute("tabindex");
-    edge(box);
-  }
-}
-boxes.forEach((box) => {
-  box.addEventListener("scroll", () => edge(box));
-  box.closest("details")?.addEventListener("toggle", stops);
-});
-addEventListener("resize", stops);
-
 show(last);
-stops();
 document.body.dataset.ready = "yes";

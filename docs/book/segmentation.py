@@ -8,9 +8,8 @@ from docs.book.draw import (
     NOUNS,
     chip,
     every,
-    every_noun,
     pixels,
-    shaded,
+    row,
     tile,
     token_table,
     two_strips,
@@ -40,19 +39,19 @@ def regions(seen: Observations) -> str:
         share = (((x_v - centre) @ basis - low) / (high - low)).clamp(0, 1)
         return (40 + 200 * share).round().byte().numpy()
 
-    def line(o: Observation, j: int, noun: str) -> str:
-        soft, hard = o.d.soft_v[j, 0], o.d.m_v[j, 0]
-        share = f"{100 * soft.mean():.0f} %"
-        return (
-            tile(pixels(o.pairs.batch.images[0]), "The image", "X<sup>v</sup>")
-            + tile(colours(o.d.x_v[0]), "Features x^v as colours", "x<sup>v</sup>")
-            + tile(
-                soft, f"Soft mask of {noun}: {share}", f"m<sup>v</sup> of {chip(noun, j)} {share}"
-            )
-            + tile(hard, f"Hard mask of {noun}", f"M<sup>v</sup> of {chip(noun, j)}")
-        )
+    def line(o: Observation) -> str:
+        parts = [
+            tile(pixels(o.pairs.batch.images[0]), "The image", "X<sup>v</sup>"),
+            tile(colours(o.d.x_v[0]), "Features x^v as colours", "x<sup>v</sup>"),
+        ]
+        for j, noun in enumerate(o.pairs.nouns[0]):
+            soft, hard, title = o.d.soft_v[j, 0], o.d.m_v[j, 0], chip(noun, j)
+            said = f"Soft mask of {noun}: {100 * soft.mean():.0f} % of the image"
+            parts.append(tile(soft, said, f"m<sup>v</sup> of {title}"))
+            parts.append(tile(hard, f"Hard mask of {noun}", f"M<sup>v</sup> of {title}"))
+        return "".join(parts)
 
-    return every_noun(seen, line, "four")
+    return row(every(seen, line), kind="six")
 
 
 def noun_embeddings(o: Observation) -> str:
@@ -66,36 +65,35 @@ def noun_embeddings(o: Observation) -> str:
     return f"{strips}<p class='reading'>L<sub>kg</sub> of the batch: {value('l_kg', loss, 4)}</p>"
 
 
+def cells(o: Observation, j: int, name: str, values: Tensor, top: float, digits: int) -> list[str]:
+    """A number for every token, on the noun's colour: as strong as its share of `top`."""
+    return [
+        f'<td class="word {NOUNS[j]}" style="--m:{max(0, v) / top:.3f}">'
+        f"{value(f'{name}-{i}', v, digits)}</td>"
+        for i, v in enumerate(values[: len(o.pairs.tokens())].tolist())
+    ]
+
+
 def logits(o: Observation) -> str:
     """Eq. 3.2: l_j,i of every token, behind the constant 0 of "none"."""
     tokens = o.pairs.tokens()
     rows = [("none", ["<td>0</td>"] * len(tokens))]
     for j, noun in enumerate(o.pairs.nouns[0]):
-        numbers = o.d.word_logits[j + 1, 0, : len(tokens)].tolist()
-        cells = [
-            f'<td class="word {NOUNS[j]}" style="--m:{max(0, v) / 10:.3f}">'
-            f"{value(f'logit-{j + 1}-{i}', v, 1)}</td>"
-            for i, v in enumerate(numbers)
-        ]
-        rows.append((chip(noun, j), cells))
+        line = cells(o, j, f"logit-{j + 1}", o.d.word_logits[j + 1, 0], top=10, digits=1)
+        rows.append((chip(noun, j), line))
     return token_table(tokens, "Word logits by token", rows)
 
 
 def word_masks(o: Observation) -> str:
-    """Eq. 3.3: m^t of both nouns as shades and as numbers, and the pseudo-labels of L_seg^t."""
+    """Eq. 3.3: m^t of both nouns, and the pseudo-labels of L_seg^t."""
     tokens, nouns = o.pairs.tokens(), o.pairs.nouns[0]
-    masks = o.d.m_t[:, 0, : len(tokens)].tolist()
-    lines, rows = "", []
-    for j, noun in enumerate(nouns):
-        words = shaded(tokens[1:-1], masks[j][1:-1], j)
-        lines += f'<p class="said">{chip(noun, j)} {words}</p>'
-        cells = [f"<td>{value(f'mask-{j}-{i}', v, 2)}</td>" for i, v in enumerate(masks[j])]
-        rows.append((chip(noun, j), cells))
-    labels = pseudo_labels(o.d.word_logits, o.d.is_word)[0, : len(tokens)].tolist()
-    cells = []
-    for label in labels:
+    rows = [
+        (chip(noun, j), cells(o, j, f"mask-{j}", o.d.m_t[j, 0], top=1, digits=2))
+        for j, noun in enumerate(nouns)
+    ]
+    labels = []
+    for label in pseudo_labels(o.d.word_logits, o.d.is_word)[0, : len(tokens)].tolist():
         kind = f"word {NOUNS[label - 1]}" if label > 0 else ""
         text = "·" if label < 0 else ["none", *nouns][label]
-        cells.append(f'<td class="{kind}" style="--m:1">{text}</td>')
-    rows.append(("label", cells))
-    return lines + token_table(tokens, "Word masks by token", rows)
+        labels.append(f'<td class="{kind}" style="--m:1">{text}</td>')
+    return token_table(tokens, "Word masks by token", [*rows, ("label", labels)])
