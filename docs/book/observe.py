@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
-from PIL import Image
 from torch import Tensor
 
 from checkpoints.ours import load_model, read_checkpoint
@@ -27,7 +26,6 @@ CPU = torch.device("cpu")
 class Pairs:
     """Held-out pairs, prepared as training prepares its own: cropped, flipped, nouns drawn."""
 
-    scene: Image.Image  # of the first pair, before augmentation
     captions: list[str]
     nouns: list[list[str]]  # each pair's J drawn nouns
     batch: Batch
@@ -71,8 +69,7 @@ def small_batch(first: int, config: TrainConfig, context_length: int) -> Pairs:
     items = [(first + i) % source.count for i in range(PAIRS)]
     samples = [stream.prepare(i, np.random.default_rng((config.seed, i))) for i in items]
     _, captions, drawn, _, _ = zip(*samples)
-    batch = collate(*zip(*samples), context_length)
-    return Pairs(Image.fromarray(source.scene(first).image), list(captions), list(drawn), batch)
+    return Pairs(list(captions), list(drawn), collate(*zip(*samples), context_length))
 
 
 def first_model(config: ModelConfig, seed: int) -> CoDe:

@@ -1,7 +1,5 @@
 """The figures of section 3.1: the pair, and the thesis's figure 3.1 with the pair's tensors."""
 
-import numpy as np
-
 from docs.book.draw import blend, chip, every, pixels, row, shaded, signed, strip, tile
 from docs.book.observe import Observation, Observations, Pairs
 
@@ -11,16 +9,11 @@ def figures(seen: Observations) -> dict[str, str]:
 
 
 def the_pair(pairs: Pairs) -> str:
-    """The image before and after augmentation, and the caption with its nouns."""
+    """The image, and the caption with its nouns."""
     nouns, caption = pairs.nouns[0], pairs.captions[0]
     said = " ".join(chip(w, nouns.index(w)) if w in nouns else w for w in caption.split())
-    crop = pixels(pairs.batch.images[0])
-    return row(
-        tile(np.asarray(pairs.scene), f"The scene: {caption}", "the scene"),
-        tile(crop, f"A random crop of it: {caption}", "X<sup>v</sup>, a random crop"),
-        f'<p class="caption">{said}</p>',
-        kind="pair",
-    )
+    image = tile(pixels(pairs.batch.images[0]), f"The image: {caption}")
+    return row(image, f'<p class="caption">{said}</p>', kind="pair")
 
 
 def pipeline(o: Observation) -> str:
