@@ -14,9 +14,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: .venv/ready
 	$(RUN) -m experiments.demo
 
-# docs/read.html from the demonstration's training; it trains first if there is none.
+# docs/read.html from the training that `make demo` leaves in out/demo.
 read: .venv/ready
-	$(RUN) -m experiments.read
+	$(RUN) -m docs.book.build
 
 test: .venv/ready
 	$(RUN) -m pytest -n 2 --dist loadfile

@@ -16,7 +16,7 @@ FLOORS = (
     ("losses", "data", "checkpoints"),
     ("segmenter",),
     SCRIPTS,
-    ("experiments",),
+    ("experiments", "docs"),
 )
 SOURCES = [p for p in ROOT.rglob("*.py") if ".venv" not in p.parts and "out" not in p.parts]
 

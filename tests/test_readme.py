@@ -16,7 +16,7 @@ from config import (
     TrainConfig,
 )
 from datasets import DATASETS
-from experiments.read import ReadConfig
+from docs.book.build import BookConfig
 from segment import SegmentConfig
 
 README = (ROOT / "README.md").read_text()
@@ -28,7 +28,7 @@ def test_every_option_exists():
     img2dataset = "url_list input_format url_col caption_col output_format output_folder image_size"
     known |= {f"--{name}" for name in f"{img2dataset} resize_mode".split()}
     configs = (TrainConfig, ModelConfig, LossConfig, EvalConfig, MaskConfig, SegmentConfig)
-    for config in (*configs, ReadConfig):
+    for config in (*configs, BookConfig):
         for f in fields(config):
             name = f.name.replace("_", "-")
             known |= {f"--{name}", f"--no-{name}"} if f.type is bool else {f"--{name}"}

@@ -1,41 +1,31 @@
-"""The small parts of docs/read.html's figures: tiles, chips, shaded words, tables of tokens."""
+"""The small parts of the page's figures: tiles, chips, shaded words, tables of tokens."""
 
 import html
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 
 import numpy as np
-import open_clip
 import torch
 from PIL import Image
 from torch import Tensor
 
 from clip import IMAGE_MEAN, IMAGE_STD
-from experiments.read_pair import Pairs
+from docs.book.observe import Observation, Observations
 from support.page import data_uri
 
-Observations = Sequence[SimpleNamespace]
-NOUNS = "abcd"  # classes of colours: of the two drawn nouns, and of two words of section 4.1
+NOUNS = "ab"  # classes of colours of the two drawn nouns
 HEAT = ((42, 16, 80), (92, 44, 130), (190, 70, 110), (244, 150, 80), (252, 240, 170))
-GREY = ((0, 0, 0), (255, 255, 255))
 STRIP = 0.35  # the largest number of a unit vector that has a colour of its own
-RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def at(variants: Sequence[str], tag: str = "span") -> str:
-    """What differs between the snapshots; the page shows one of them."""
+    """What differs between the steps; the page shows one of them."""
     if len(set(variants)) == 1:
         return variants[0]
     return "".join(f'<{tag} class="at at-{i}">{v}</{tag}>' for i, v in enumerate(variants))
 
 
-def every(observations: Observations, draw: Callable[[SimpleNamespace], str]) -> str:
-    return at([draw(o) for o in observations])
-
-
-def value(name: str, number: float, digits: int = 3) -> str:
-    """A number, in full for whoever checks it."""
-    return f'<data data-name="{name}" value="{number!r}">{signed(number, digits)}</data>'
+def every(seen: Observations, draw: Callable[[Observation], str], tag: str = "span") -> str:
+    return at([draw(o) for o in seen], tag)
 
 
 def signed(number: float, digits: int = 2) -> str:
@@ -43,12 +33,9 @@ def signed(number: float, digits: int = 2) -> str:
     return f"{round(number, digits) + 0.0:.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
-def readable(number: float) -> str:
-    """A number as a reader writes it: 50,000, −2.5, 5 × 10⁻⁶."""
-    if 0 < abs(number) < 1e-3:
-        digits, power = f"{number:e}".split("e")
-        return f"{float(digits):g} × 10{str(int(power)).translate(RAISED)}"
-    return f"{number:,.10g}".replace("-", "\N{MINUS SIGN}")
+def value(name: str, number: float, digits: int = 3) -> str:
+    """A number, in full for whoever checks it."""
+    return f'<data data-name="{name}" value="{number!r}">{signed(number, digits)}</data>'
 
 
 def tile(array: np.ndarray | Tensor, alt: str, title: str = "", kind: str = "") -> str:
@@ -64,15 +51,6 @@ def tile(array: np.ndarray | Tensor, alt: str, title: str = "", kind: str = "") 
 
 def row(*parts: str, kind: str = "") -> str:
     return f'<div class="row {kind}">{"".join(parts)}</div>'
-
-
-def plot(height: int, alt: str, draw: Callable[[int], str]) -> str:
-    """An SVG in two widths, so that its letters stay legible on a narrow screen."""
-    return "".join(
-        f'<svg class="{kind}" viewBox="0 0 {width} {height}" role="img" aria-label="{alt}">'
-        f"{draw(width)}</svg>"
-        for kind, width in (("broad", 800), ("slim", 360))
-    )
 
 
 def chip(noun: str, j: int) -> str:
@@ -94,11 +72,11 @@ def heat(values: np.ndarray | Tensor, low: float, high: float) -> np.ndarray:
     return np.stack(colours, axis=-1).round().astype(np.uint8)
 
 
-def scale(low: float, high: float, what: str, colours: Sequence = HEAT) -> str:
-    """A colour bar with its ends, of `heat` or of the grey of masks."""
-    stops = ", ".join(f"rgb{tuple(colour)}" for colour in colours)
+def scale(low: float, high: float, what: str) -> str:
+    """The colour bar of `heat` with its ends."""
+    stops = ", ".join(f"rgb{colour}" for colour in HEAT)
     bar = f'<i style="background: linear-gradient(90deg, {stops})"></i>'
-    return f'<p class="scale">{what} {readable(low)} {bar} {readable(high)}</p>'
+    return f'<p class="scale">{what} {low:g} {bar} {high:g}</p>'.replace("-0", "\N{MINUS SIGN}0")
 
 
 def strip(embedding: Tensor, alt: str) -> str:
@@ -107,12 +85,15 @@ def strip(embedding: Tensor, alt: str) -> str:
     return tile(heat(embedding[None], -STRIP, STRIP), kind, kind="strip")
 
 
-def tokens(pairs: Pairs) -> list[str]:
-    """The first caption's tokens as text, from SOS to EOT."""
-    decoder = open_clip.get_tokenizer("ViT-B-16-quickgelu").decoder
-    ids = pairs.batch.caption_tokens[0]
-    ids = ids[: int(ids.argmax()) + 1].tolist()
-    return ["SOS", *(decoder[i].removesuffix("</w>") for i in ids[1:-1]), "EOT"]
+def two_strips(noun: str, j: int, first: Tensor, second: Tensor, names: Sequence[str]) -> str:
+    """Two embeddings of a noun one above the other, and their cosine."""
+    said = [f"{name} of {noun}" for name in names]
+    letters = "".join(f"<i>{name}</i>" for name in names)
+    return (
+        f'<div class="vectors"><span>{chip(noun, j)}</span><span class="names">{letters}</span>'
+        f'<span class="strips">{strip(first, said[0])}{strip(second, said[1])}</span>'
+        f"<span>cosine {signed(float(first @ second))}</span></div>"
+    )
 
 
 def shaded(words: Sequence[str], masks: Sequence[float], j: int) -> str:
@@ -134,9 +115,9 @@ def blend(words: Sequence[str], mask: Sequence[float], j: int) -> str:
     return f'<span class="boxes">{"".join(boxes)}</span>'
 
 
-def token_table(pairs: Pairs, name: str, rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """Rows of cells below the caption's tokens; name: what a reader of the screen hears."""
-    head = "".join(f"<th scope=col>{html.escape(t)}</th>" for t in tokens(pairs))
+def token_table(tokens: Sequence[str], name: str, rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """Rows of cells below a caption's tokens; name: what a screen reader says."""
+    head = "".join(f"<th scope=col>{html.escape(t)}</th>" for t in tokens)
     body = "".join(f"<tr><th scope=row>{n}</th>{''.join(cells)}</tr>" for n, cells in rows)
     table = f'<table class="tokens"><tr><td></td>{head}</tr>{body}</table>'
     return f'<div class="scroll" role="group" aria-label="{name}">{table}</div>'
