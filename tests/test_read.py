@@ -101,12 +101,12 @@ def test_images_speak():
         assert 'role="img"' in drawing and re.search(r'aria-label="[^"]', drawing)
 
 
-def test_the_readme_leads_to_every_equation():
-    readme = (ROOT / "README.md").read_text()
-    for anchor in re.findall(r"docs/read\.html#([\w-]+)", readme):
+def test_the_reading_guide_leads_to_every_equation():
+    guide = (ROOT / "docs" / "reading.md").read_text("utf-8")
+    for anchor in re.findall(r"read\.html#([\w-]+)", guide):
         assert f'id="{anchor}"' in PAGE
     for anchor in EQUATIONS:
-        assert f"](docs/read.html#{anchor})" in readme
+        assert f"](read.html#{anchor})" in guide
 
 
 # --- values ---------------------------------------------------------------------------------------
