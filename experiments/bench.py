@@ -25,7 +25,16 @@ import torch
 from PIL import Image
 
 from clip import load_clip
-from config import LossConfig, MaskConfig, ModelConfig, TrainConfig, UserError, option, parse, run_script
+from config import (
+    LossConfig,
+    MaskConfig,
+    ModelConfig,
+    TrainConfig,
+    UserError,
+    option,
+    parse,
+    run_script,
+)
 from data import collate
 from datasets.coco_stuff import CLASS_NAMES
 from losses import code_loss

@@ -135,9 +135,10 @@ def test_words_of_the_background_that_are_asked_for_are_none(world):
     assert (compared.protocol, compared.background_words) == ("thesis", None)
 
 
-def test_from_python_as_the_readme_shows_it(world, tmp_path, monkeypatch):
+def test_from_python_as_the_docs_show_it(world, tmp_path, monkeypatch):
     """Three lines, of a training-free method and of a trained one."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    page = (ROOT / "docs" / "segmenting.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len([line for line in code.splitlines() if not line.startswith(("from", "import"))]) <= 3
     monkeypatch.chdir(tmp_path)
     Image.fromarray(shapes.scene("test", 1).image).save("photo.jpg")

@@ -71,7 +71,7 @@ def test_two_processes_under_torchrun(tmp_path):
 
 
 def test_two_nodes(tmp_path):
-    """The README's line for two machines, as two torchrun agents on this one."""
+    """The line of docs/training.md for two machines, as two torchrun agents on this one."""
     rendezvous = ("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1")
     rendezvous += (f"--master_port={free_port()}",)
     agents = [
