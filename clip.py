@@ -6,7 +6,7 @@ or ViT-B/16. Shapes: B images or texts, L text positions, h x w patches, C the e
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import open_clip
@@ -314,6 +314,27 @@ def image_embedding(clip: open_clip.CLIP, images: Tensor) -> Tensor:
     class_token = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
     x = transformer_block(visual.transformer.resblocks[-1], hidden, at=class_token)  # (B, 1, width)
     return project(visual.ln_post(x[:, 0]), visual.proj)
+
+
+def maskclip(block: ResidualAttentionBlock, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A = 1: every token attends to itself alone; residual and MLP kept, as TCL does (MaskCLIP,
+    Zhou et al., ECCV 2022). Token by token, so the class token may be missing."""
+    _, _, v = heads(block, x)
+    x = x + merged(block, v)
+    return x + block.mlp(block.ln_2(x))
+
+
+def dense_embedding(
+    clip: open_clip.CLIP, hidden: Tensor, grid: tuple[int, int], features: Callable = maskclip
+) -> Tensor:
+    """Dense features from `visual_hidden` of a grid of patches, projected and normalised:
+    (B, h*w, C).
+
+    features: what the last visual block does, `maskclip` or one of `training_free.DENSE`.
+    """
+    visual = clip.visual
+    x = features(visual.transformer.resblocks[-1], hidden, grid)
+    return project(visual.ln_post(x[:, 1:]), visual.proj)
 
 
 # --- the text tower -------------------------------------------------------------------------------

@@ -138,21 +138,10 @@ class TrainConfig:
 
 @dataclass
 class MaskConfig:
-    """How masks of given words are made (section 4.1); the constants are the released programs'.
+    """How masks of given words are made (section 4.1); the constants are the released programs'."""
 
-    What is None here follows from the protocol: `completed` in `datasets/protocols.py`.
-    """
-
-    checkpoint: str | None = option(None, "trained model (for --method code)")
-    method: str | None = option(
-        None,
-        "'code' (default), or without training 'maskclip', 'sclip', 'clearclip', 'naclip'",
-    )
-    protocol: str | None = option(
-        None,
-        "'thesis' (evaluate.py's default) or 'training-free', as methods without training publish",
-    )
-    prior: str = option("maskclip", "dense features of code's frozen prior branch, one of the four")
+    checkpoint: str | None = option(None, "trained model: of train.py or a released one")
+    method: str = option("code", "'code', or 'maskclip': the frozen prior branch alone")
     names: str | None = option(
         None, "file of words, a class a line, alternatives by commas: the best one counts"
     )
@@ -168,32 +157,24 @@ class MaskConfig:
     device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
     precision: str = option("float32", "of the matrix products: float32, bfloat16 or float16")
     background: float | None = option(
-        None,
-        "threshold of the background; default: 0.4, without PAMR 0.5 (training-free: 0.1)",
-        low=0,
-        high=1,
+        None, "threshold of the background; default: 0.4, without PAMR 0.5", low=0, high=1
     )
     pamr: bool = option(True, "refine the masks with PAMR")
-    pamr_iterations: int = option(10, "steps of PAMR", low=0)
-    pamr_dilations: tuple[int, ...] | None = option(
-        None, "distances of PAMR's neighbours; default: 1 2 4 8 12 24 (training-free: 8 16)"
-    )
+    pamr_dilations: tuple[int, ...] = option((1, 2, 4, 8, 12, 24), "distances of PAMR's neighbours")
     prior_weight: float = option(0.3, "share of the prior branch in the masks", low=0, high=1)
     prior_scale: float = option(10.0, "prior branch: w in sigmoid(w (s - b))")
     prior_bias: float = option(0.25, "prior branch: b in sigmoid(w (s - b))")
-    softmax_scale: float | None = option(
-        None, "training-free protocol: factor of the cosines before the softmax; default: 40"
-    )
-    short_side: int | None = option(
-        None, "images are resized to this short side; default: 448 (training-free: 336)", low=1
-    )
+    short_side: int = option(448, "images are resized to this short side", low=1)
     long_side: int = option(2048, "or to this long side if it would be longer", low=1)
-    window: int | None = option(
-        None, "side of a sliding window; default: 448 (training-free: 224)", low=1
-    )
-    stride: int | None = option(
-        None, "distance of two windows; default: 224 (training-free: 112)", low=1
-    )
+    window: int = option(448, "side of a sliding window", low=1)
+    stride: int = option(224, "distance of two windows", low=1)
+
+    @property
+    def threshold(self) -> float:
+        """Of the background: what no mask exceeds is none of the words. TCL's."""
+        if self.background is not None:
+            return self.background
+        return 0.4 if self.pamr else 0.5
 
 
 @dataclass

@@ -22,6 +22,7 @@ from clip import (
     embed_texts,
     end_of_text,
     image_embedding,
+    maskclip,
     noun_prompts,
     project,
     text_embedding,
@@ -31,7 +32,6 @@ from clip import (
     visual_hidden,
 )
 from config import ModelConfig, UserError
-from dense import maskclip
 
 # --- 3.2 region masks -----------------------------------------------------------------------------
 

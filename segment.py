@@ -28,23 +28,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
-from checkpoints import load_method
 from clip import SHAPES_ARCHITECTURE, noun_prompts, tokenize, tokens_of
-from config import MASK_PRESETS, MaskConfig, UserError, check_ranges, option, parse, run_script
-from data import nltk_tagger, select_nouns, shapes_tagger
-from datasets.protocols import (
-    alternatives,
-    completed,
-    described,
-    read_names,
-    training_free_names,
+from config import (
+    MASK_PRESETS,
+    MaskConfig,
+    UserError,
+    check_ranges,
+    given_options,
+    option,
+    parse,
+    run_script,
 )
+from data import BadSample, nltk_tagger, read_image, select_nouns, shapes_tagger
+from evaluate import Segmenter, alternatives, load_method, read_names, resized
 from model import CoDe, word_mask
-from segmenter import Segmenter, arg_max, with_background
-from sources import BadSample, read_image
 from support.device import choose_device
 from support.draw import (
     below,
@@ -57,9 +56,10 @@ from support.draw import (
     palette,
     save_png,
 )
-from support.files import refuse_folder, save_text
+from support.files import printable, refuse_folder, save_text
 from support.page import page_item, word_content, write_page
 from support.system_files import added_by_system
+from training_free import TrainingFree, TrainingFreeConfig, check_method, training_free_names
 
 # Formats that cameras and the web have and Pillow does not read, or not everywhere.
 OTHER_SUFFIXES = {
@@ -217,47 +217,53 @@ def called(line: str) -> str:
     return line.split(",")[0].strip()
 
 
-def chosen(settings: MaskConfig, names: Sequence[str]) -> MaskConfig:
-    """The options completed for any image: without a checkpoint NACLIP, and without training its
-    own protocol, in which the things that may surround the names are the background's words."""
-    if settings.method is None and settings.checkpoint is None:
-        # The built-in CLIP was pretrained for the features that MaskCLIP reads.
-        settings = replace(settings, method="maskclip" if settings.clip == "shapes" else "naclip")
-    if settings.protocol is None and settings.method not in (None, "code"):
-        settings = replace(settings, protocol="training-free")
-    settings = completed(settings)
-    if settings.background_words is None and settings.protocol == "training-free":
-        (common, *_) = training_free_names("shapes" if settings.clip == "shapes" else "voc")
-        asked = {name.lower() for line in names for name in alternatives(line, "query")}
-        others = [word for word in common.split(",") if word not in asked]
-        settings = replace(settings, background_words=",".join(others))
-    return settings
-
-
 def load_segmenter(words: Sequence[str], preset: str = "thesis", **options) -> Segmenter:
     """From Python: a segmenter of these words, to be called with PIL images.
 
     preset: "shapes" for checkpoints of the built-in world; options: fields of `config.MaskConfig`,
-    such as checkpoint="code_released.pth"; without one it is NACLIP on CLIP's own weights, which
-    are fetched the first time. Raises UserError.
+    such as checkpoint="code_released.pth"; without one of `training_free.TrainingFreeConfig`:
+    NACLIP on CLIP's own weights, which are fetched the first time. Raises UserError.
     """
     if isinstance(words, str) or not words or "names" in options:
         raise UserError("words: a list of at least one, and no file of names beside it")
-    settings = MaskConfig(**MASK_PRESETS.get(preset, {}) | options)
+    trained = options.get("checkpoint") is not None
+    kind = MaskConfig if trained else TrainingFreeConfig
+    settings = kind(**presets(trained).get(preset, {}) | options)
     check_ranges(settings)
-    return segmenter_for(words, settings, preset)
+    return make_segmenter(words, settings, preset)
 
 
-def segmenter_for(words: Sequence[str], settings: MaskConfig, preset: str) -> Segmenter:
-    """A segmenter by the options completed for any image. Raises UserError."""
-    settings = chosen(settings, words)
+def presets(trained: bool) -> dict[str, dict]:
+    """Defaults by --preset. The built-in CLIP was pretrained for the features MaskCLIP reads."""
+    shapes = MASK_PRESETS["shapes"]
+    return {"shapes": shapes if trained else shapes | {"method": "maskclip"}}
+
+
+def make_segmenter(words: Sequence[str], settings: MaskConfig, preset: str) -> Segmenter:
+    """A segmenter of words in any image: with a checkpoint by section 4.1, without one by the
+    protocol of methods without training, in which the things that may surround the words are the
+    background's. Raises UserError."""
+    if settings.checkpoint is not None and settings.method not in ("code", "maskclip"):
+        raise UserError(f"--method {settings.method} and --checkpoint: give one of them")
+    check_method(settings)
     clip, model = load_method(settings, choose_device(settings.device))
-    of_shapes = clip.text_projection.shape[0] == SHAPES_ARCHITECTURE["embed_dim"]
+    of_shapes = clip.visual.image_size[0] == SHAPES_ARCHITECTURE["vision_cfg"]["image_size"]
     if of_shapes != (preset == "shapes"):
         change = "add --preset shapes" if of_shapes else "leave --preset shapes out"
         change += ' (from Python: preset="shapes")'
         raise UserError(f"this CLIP is {'' if of_shapes else 'not '}the shapes world's: {change}")
-    return Segmenter(clip, model, words, settings)
+    if settings.checkpoint is not None:
+        return Segmenter(clip, model, words, settings)
+    if settings.background_words is None:
+        settings = replace(settings, background_words=surroundings(words, preset))
+    return TrainingFree(clip, model, words, settings)
+
+
+def surroundings(words: Sequence[str], preset: str) -> str:
+    """The things that commonly surround what is looked for, but for what is looked for."""
+    common = training_free_names("shapes" if preset == "shapes" else "voc")[0].split(",")
+    asked = {name.lower() for line in words for name in alternatives(line, "query")}
+    return ",".join(word for word in common if word not in asked)
 
 
 @torch.no_grad()
@@ -314,7 +320,7 @@ def check_options(config: SegmentConfig, settings: MaskConfig) -> None:
     if config.preset not in ("thesis", "shapes"):
         raise UserError(f"--preset {config.preset}: 'thesis' or 'shapes'")
     for name in ("background", "background_words"):
-        if config.no_background and getattr(settings, name) is not None:
+        if config.no_background and name in given_options():
             flag = "--" + name.replace("_", "-")
             raise UserError(f"--no-background and {flag}: give one of them")
     if config.no_background:
@@ -324,7 +330,9 @@ def check_options(config: SegmentConfig, settings: MaskConfig) -> None:
 
 
 def main() -> None:
-    config, settings = parse(__doc__, SegmentConfig, MaskConfig, presets=MASK_PRESETS)
+    trained = "checkpoint" in given_options()
+    kind = MaskConfig if trained else TrainingFreeConfig
+    config, settings = parse(__doc__, SegmentConfig, kind, presets=presets(trained))
     check_options(config, settings)
     paths, words = images_and_words(config.inputs, config.words or ())
     if config.caption is not None:
@@ -333,16 +341,18 @@ def main() -> None:
     names = queries(words, config, settings)
     if len(names) > 255:
         raise UserError(f"{len(names)} queries: an indexed PNG holds 255 at most")
-    if settings.checkpoint is None and settings.method is None:
+    if not (trained or "method" in given_options()):
         print(announcement(settings), flush=True)
-    segmenter = segmenter_for(names, settings, config.preset)
-    settings, model, masks = segmenter.config, segmenter.model, None
+    segmenter = make_segmenter(names, settings, config.preset)
+    model, masks = segmenter.model, None
+    threshold = -torch.inf if config.no_background else settings.threshold
     if config.caption is not None:
         if model is None or not model.decomposes_text:
             raise UserError("--caption: this method has no text segmenter; name words instead")
         masks = word_masks(model, config.caption, names)
-    asked = settings.names or f"{len(names)} quer{'y' if len(names) == 1 else 'ies'}"
-    print(described(replace(settings, names=asked)), flush=True)
+    asked = settings.names and printable(settings.names)
+    asked = asked or f"{len(names)} quer{'y' if len(names) == 1 else 'ies'}"
+    print(segmenter.description(asked), flush=True)
     names = [called(line) for line in names]
     flat_palette = [0, 0, 0, *(value for colour in palette(len(names)) for value in colour)]
 
@@ -356,16 +366,14 @@ def main() -> None:
         try:
             image = read_image(path, whole=True)
             scores, size = segmenter.scores(image), (image.height, image.width)
-            best, index = (value.cpu() for value in arg_max(scores, size))
-            index, background = index - segmenter.first_class, settings.background
-            labels = index + 1 if config.no_background else with_background(best, index, background)
-            result = Result(name, image, best.numpy(), labels.numpy())
+            best, labels = (value.cpu().numpy() for value in scores.label_map(size, threshold))
+            result = Result(name, image, best, labels)
             save_png(figure_of(result, names, config.caption, masks), out / f"{name}.overlay.png")
             save_png(indexed(result.labels, flat_palette), out / f"{name}.labels.png")
             if config.show_scores:
-                for i, score in enumerate(scores[segmenter.first_class :], start=1):
-                    score = F.interpolate(score[None, None], size, mode="bilinear")[0, 0]
-                    save_png(heat(image, score.cpu().numpy()), out / f"{name}.score-{i}.png")
+                for i, score in enumerate(scores.classes, start=1):
+                    score = resized(score[None, None], size)[0, 0].cpu().numpy()
+                    save_png(heat(image, score), out / f"{name}.score-{i}.png")
         except (BadSample, UserError, OSError) as cause:
             unread = isinstance(cause, BadSample) and path.suffix.lower() not in readable_suffixes()
             hint = "; Pillow reads no such files here: convert it to PNG" if unread else ""
@@ -375,8 +383,9 @@ def main() -> None:
         taken.add(name.lower())
         found[str(path)] = shares(result, names)
         if config.html:
-            shown = 0 if config.no_background else settings.background
-            here = page_item(name, image, best.numpy(), index.numpy(), names, shown)
+            _, likeliest = scores.label_map(size, -torch.inf)  # the page has a threshold to move
+            index, shown = likeliest.cpu().numpy() - 1, max(threshold, 0.0)
+            here = page_item(name, image, best, index, names, shown)
             items.append(here | word_content(config.caption, masks))
         print(f"{path}: {summary(found[str(path)])}; {out / name}.overlay.png", flush=True)
     if config.json:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoints.ours import Run, model_content, resume_run, save_checkpoint, save_run
+from checkpoint import Run, model_content, resume_run, save_checkpoint, save_run
 from clip import load_clip
 from config import (
     MASK_PRESETS,
@@ -33,12 +33,11 @@ from config import (
     run_script,
     settle,
 )
-from data import Batch, PairStream, make_loader, nltk_tagger, shapes_tagger
+from data import Batch, PairStream, make_loader, nltk_tagger, open_source, shapes_tagger
 from datasets import load_benchmark
-from evaluate import evaluate, make_segmenter
+from evaluate import Segmenter, benchmark_words, evaluate
 from losses import code_loss
 from model import CoDe
-from sources import open_source
 from support.device import (
     autocast,
     choose_device,
@@ -108,7 +107,8 @@ def evaluate_model(model: CoDe, config: TrainConfig) -> float:
     limited = EvalConfig(config.eval_dataset, limit=config.eval_limit)
     benchmark = load_benchmark(config.eval_dataset, config.eval_root)
     model.eval()
-    metrics = evaluate(make_segmenter(model.clip, model, benchmark, settings), benchmark, limited)
+    words = benchmark_words(benchmark, settings)
+    metrics = evaluate(Segmenter(model.clip, model, words, settings), benchmark, limited)
     model.train()
     return metrics["mIoU"]
 

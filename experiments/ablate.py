@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints.ours import fingerprint, read_checkpoint
+from checkpoint import fingerprint, read_checkpoint
 from clip import load_clip
 from config import MASK_PRESETS, TRAIN_PRESETS, UserError, option, parse, run_script
 from experiments.demo import sheet

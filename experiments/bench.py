@@ -37,9 +37,9 @@ from config import (
 )
 from data import collate
 from datasets.coco_stuff import CLASS_NAMES
+from evaluate import Segmenter
 from losses import code_loss
 from model import CoDe
-from segmenter import Segmenter
 from support.device import autocast, choose_device, choose_precision
 from train import make_optimizer
 

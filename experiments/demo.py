@@ -19,10 +19,9 @@ from PIL import Image
 from config import TRAIN_PRESETS, EvalConfig, UserError, option, parse, run_script
 from data import select_nouns, shapes_tagger
 from datasets import Benchmark, shapes
-from evaluate import evaluate
+from evaluate import Segmenter, evaluate
 from experiments.measure import segmenter_of, start_training
 from segment import word_masks
-from segmenter import Segmenter, arg_max
 from support.draw import below, coloured_text, contact_sheet, legend, overlay, palette, save_png
 from support.files import save_text
 from support.page import page_item, word_content, write_page
@@ -100,8 +99,8 @@ def explored(code: Segmenter, benchmark: Benchmark, i: int) -> dict:
     segmenter = Segmenter(code.clip, code.model, nouns, code.config)
     image = Image.fromarray(shapes.scene("test", i, scale=SCALE).image)
     scores, size = segmenter.scores(benchmark.image(i)), (image.height, image.width)
-    best, index = (value.numpy() for value in arg_max(scores, size))
-    item = page_item(f"scene {i}", image, best, index, nouns, segmenter.config.background)
+    best, labels = (value.numpy() for value in scores.label_map(size, 0.0))
+    item = page_item(f"scene {i}", image, best, labels - 1, nouns, segmenter.config.threshold)
     return item | word_content(caption, word_masks(code.model, caption, nouns))
 
 

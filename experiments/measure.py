@@ -16,7 +16,6 @@ import open_clip
 import torch
 from torch import Tensor
 
-from checkpoints import load_method
 from clip import (
     IMAGE_MEAN,
     IMAGE_STD,
@@ -32,10 +31,8 @@ from clip import (
 from config import MASK_PRESETS, MaskConfig
 from data import select_nouns, shapes_tagger
 from datasets import load_benchmark, shapes
-from datasets.protocols import completed
-from evaluate import IoU, make_segmenter
+from evaluate import IoU, Segmenter, benchmark_words, load_method
 from model import CoDe, highlight_image, highlight_text
-from segmenter import Segmenter, arg_max, with_background
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 THRESHOLDS = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)  # of the background; 0.4 is the thesis's
@@ -69,8 +66,9 @@ def segmenter_of(checkpoint: Path | None, pamr: bool = True) -> Segmenter:
     """The segmenter of a run on the held-out scenes; without a checkpoint MaskCLIP's."""
     options = {"checkpoint": str(checkpoint)} if checkpoint else {"method": "maskclip"}
     settings = MaskConfig(**MASK_PRESETS["shapes"], **options, pamr=pamr)
-    clip, model = load_method(completed(settings), torch.device("cpu"))
-    return make_segmenter(clip, model, load_benchmark("shapes", ""), settings)
+    clip, model = load_method(settings, torch.device("cpu"))
+    words = benchmark_words(load_benchmark("shapes", ""), settings)
+    return Segmenter(clip, model, words, settings)
 
 
 def mean_ious(segmenter: Segmenter, scenes: int) -> dict[str, float]:
@@ -79,9 +77,9 @@ def mean_ious(segmenter: Segmenter, scenes: int) -> dict[str, float]:
     sums = {threshold: IoU(len(benchmark.class_names)) for threshold in THRESHOLDS}
     for i in range(scenes):
         image = benchmark.image(i)
-        best, index = arg_max(segmenter.scores(image), image.size[::-1])
+        scores = segmenter.scores(image)
         for threshold, iou in sums.items():
-            labels = with_background(best, index - segmenter.first_class, threshold)
+            _, labels = scores.label_map(image.size[::-1], threshold)
             iou.add(labels.numpy(), benchmark.label(i))
     return {str(threshold): iou.mean() for threshold, iou in sums.items()}
 

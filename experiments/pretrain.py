@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoints.ours import save_checkpoint
+from checkpoint import save_checkpoint
 from clip import (
     IMAGENET_TEMPLATES,
     PRIOR_TEMPLATES,

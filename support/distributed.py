@@ -125,9 +125,9 @@ def start_worker(worker: int) -> None:
 
 
 @contextlib.contextmanager
-def lost_processes(advice: str) -> Iterator[None]:
+def lost_processes(advice: str = "") -> Iterator[None]:
     """Turns what torch raises when a loader worker or another process of torchrun's has ended into
-    a UserError; advice: for a worker."""
+    a UserError; advice: what to do if it was a worker."""
     try:
         yield
     except RuntimeError as error:

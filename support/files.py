@@ -79,3 +79,8 @@ def save_text(text: str, path: str | Path) -> None:
     """Write a UTF-8 text file with a newline at its end. Raises UserError."""
     with whole_file(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def printable(name: str) -> str:
+    """A file's name as text that every terminal takes: bytes that are not UTF-8 become escapes."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -18,7 +18,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from checkpoints.ours import model_content, save_checkpoint  # noqa: E402
+from checkpoint import model_content, save_checkpoint  # noqa: E402
 from clip import load_clip  # noqa: E402
 from config import TRAIN_PRESETS, ModelConfig, run_script  # noqa: E402
 from data import Batch, collate  # noqa: E402

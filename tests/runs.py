@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from checkpoints.ours import read_checkpoint
+from checkpoint import read_checkpoint
 from config import MASK_PRESETS
 
 TINY = ("--preset", "shapes", "--batch-size", "4", "--log-every", "1", "--warmup", "0.2")

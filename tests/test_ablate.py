@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, model_config
 from PIL import Image
 
-from checkpoints.ours import read_checkpoint
+from checkpoint import read_checkpoint
 from clip import (
     PRIOR_TEMPLATES,
     image_embedding,

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from datasets.protocols import PROTOCOLS
 from PIL import Image
 
 from datasets import THESIS_DATASETS, load_benchmark
-from datasets.protocols import PROTOCOLS
-from dense import DENSE
 from evaluate import IoU, main
+from training_free import DENSE
 
 pytestmark = pytest.mark.slow
 

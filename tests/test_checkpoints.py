@@ -12,7 +12,7 @@ import torch
 from conftest import CPU, ROOT
 from runs import ENVIRONMENT, TINY, train
 
-from checkpoints.ours import (
+from checkpoint import (
     Run,
     load_model,
     model_content,
@@ -23,9 +23,9 @@ from checkpoints.ours import (
 )
 from clip import load_clip
 from config import LossConfig, MaskConfig, ModelConfig, TrainConfig, UserError
+from evaluate import Segmenter
 from model import CoDe
 from segment import load_segmenter
-from segmenter import Segmenter
 from support.device import make_scaler
 from train import make_optimizer
 

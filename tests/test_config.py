@@ -1,5 +1,6 @@
 """From dataclasses to a command line."""
 
+import inspect
 import sys
 from dataclasses import dataclass, fields
 
@@ -19,8 +20,10 @@ from config import (
     settle,
 )
 from datasets import THESIS_DATASETS
-from datasets.protocols import completed
+from evaluate import Segmenter
+from pamr import pamr
 from support.device import choose_device
+from training_free import TrainingFreeConfig, for_benchmark
 
 
 @dataclass
@@ -89,24 +92,24 @@ def test_the_defaults_are_the_thesis_and_else_the_release():
 
 
 def test_the_defaults_of_section_4_1():
-    masks = completed(MaskConfig())
-    assert (masks.protocol, masks.method) == ("thesis", "code")
+    masks = MaskConfig()
+    assert masks.method == "code" and Segmenter.protocol == "thesis"
     assert (masks.short_side, masks.long_side) == (448, 2048)
     assert (masks.window, masks.stride) == (448, 224)
     assert (masks.prior_weight, masks.prior_scale, masks.prior_bias) == (0.3, 10.0, 0.25)
-    assert masks.prior == "maskclip" and masks.precision == "float32"
-    assert masks.pamr and masks.pamr_iterations == 10
+    assert masks.precision == "float32"
+    assert masks.pamr and inspect.signature(pamr).parameters["iterations"].default == 10
     assert masks.pamr_dilations == (1, 2, 4, 8, 12, 24)
-    assert masks.background == 0.4 and masks.background_words is None
-    assert completed(MaskConfig(pamr=False)).background == 0.5
-    assert completed(MaskConfig(background=0.0)).background == 0.0
+    assert masks.threshold == 0.4 and masks.background_words is None
+    assert MaskConfig(pamr=False).threshold == 0.5
+    assert MaskConfig(background=0.0).threshold == 0.0
 
 
 def test_the_defaults_of_methods_without_training():
     """Sizes, windows, scales and thresholds that they publish with."""
 
-    def of(method: str, dataset: str, **more) -> MaskConfig:
-        return completed(MaskConfig(method=method, protocol="training-free", **more), dataset)
+    def of(method: str, dataset: str, given=(), **more) -> TrainingFreeConfig:
+        return for_benchmark(TrainingFreeConfig(method=method, **more), dataset, given)
 
     for method in ("maskclip", "sclip", "clearclip", "naclip"):
         for dataset in THESIS_DATASETS:
@@ -114,14 +117,15 @@ def test_the_defaults_of_methods_without_training():
             whole = method == "naclip" and dataset == "voc"
             assert config.short_side == (560 if dataset == "cityscapes" else 336)
             assert (config.window, config.stride) == (2048 if whole else 224, 112)
-            assert config.background == 0.1 and config.pamr_dilations == (8, 16)
+            assert config.threshold == 0.1 and config.pamr_dilations == (8, 16)
             scales = {"voc": 65, "context": 50, "coco_object": 50} if method == "sclip" else {}
             assert config.softmax_scale == scales.get(dataset, 40)
-    changed = of("sclip", "voc", softmax_scale=10.0, window=64, background=0.0, short_side=100)
-    assert (changed.softmax_scale, changed.window, changed.background) == (10.0, 64, 0.0)
-    assert completed(changed) == changed and changed.short_side == 100
-    with pytest.raises(UserError, match="--protocol published: not one of thesis, training-free"):
-        completed(MaskConfig(protocol="published"))
+    assert of("naclip", "voc", pamr=False).threshold == 0.1
+    given = {"softmax_scale": 10.0, "window": 64, "background": 0.0, "short_side": 100}
+    changed = of("sclip", "voc", given, **given)
+    assert (changed.softmax_scale, changed.window, changed.threshold) == (10.0, 64, 0.0)
+    assert of("naclip", "voc", given, **given).window == 64
+    assert of("sclip", "cityscapes", given, **given).short_side == 100
 
 
 def test_an_unknown_device():

@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 import data
-import sources
 from clip import tokenize
 from config import UserError
 from datasets import shapes
@@ -81,7 +80,7 @@ def gradient(mode: str) -> Image.Image:
 def test_pictures_of_any_mode(mode, tmp_path):
     path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
     gradient(mode).save(path)
-    image = sources.read_image(path)
+    image = data.read_image(path)
     assert image.mode == "RGB" and image.size == (40, 30)
     values = np.asarray(image)
     assert values[0, 0].mean() < 60 and values[-1, -1].mean() > 200
@@ -91,12 +90,12 @@ def test_exif_orientation_is_applied(tmp_path):
     image, exif = gradient("RGB"), Image.Exif()
     exif[0x0112] = 6
     image.save(tmp_path / "x.jpg", exif=exif)
-    assert sources.read_image(tmp_path / "x.jpg").size == (30, 40)
+    assert data.read_image(tmp_path / "x.jpg").size == (30, 40)
 
 
 def test_transparency_is_laid_on_white(tmp_path):
     Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(tmp_path / "x.png")
-    assert np.asarray(sources.read_image(tmp_path / "x.png")).min() == 255
+    assert np.asarray(data.read_image(tmp_path / "x.png")).min() == 255
 
 
 def damaged(tmp_path, cause: str):
@@ -118,8 +117,8 @@ def damaged(tmp_path, cause: str):
     "cause", ["corrupt image", "not an image", "image too small", "image too large"]
 )
 def test_bad_pictures(cause, tmp_path):
-    with pytest.raises(sources.BadSample, match=cause):
-        sources.read_image(damaged(tmp_path, cause))
+    with pytest.raises(data.BadSample, match=cause):
+        data.read_image(damaged(tmp_path, cause))
 
 
 @pytest.mark.parametrize(
@@ -132,8 +131,8 @@ def test_bad_pictures(cause, tmp_path):
     ],
 )
 def test_bad_captions(content, cause):
-    with pytest.raises(sources.BadSample, match=cause):
-        sources.read_caption(content)
+    with pytest.raises(data.BadSample, match=cause):
+        data.read_caption(content)
 
 
 # --- streams --------------------------------------------------------------------------------------
@@ -157,14 +156,14 @@ def same(a: data.Batch, b: data.Batch) -> bool:
 
 
 def test_a_seed_gives_an_order_and_another_seed_another():
-    world = sources.ShapesWorld(50)
+    world = data.ShapesWorld(50)
     a, b = take(make_stream(world), 3), take(make_stream(world), 3)
     assert all(map(same, a, b))
     assert not same(a[0], take(make_stream(world, seed=4), 1)[0])
 
 
 def test_batches_do_not_depend_on_torch_or_numpy_global_state():
-    world = sources.ShapesWorld(50)
+    world = data.ShapesWorld(50)
     torch.manual_seed(1)
     a = take(make_stream(world), 2)
     torch.manual_seed(2)
@@ -181,13 +180,13 @@ class Counted:
     START = (0,)
 
     def order(self, seed, epoch, reader, readers, offset):
-        for after, i in sources.share(self.count, (seed, epoch), reader, readers, *offset):
+        for after, i in data.share(self.count, (seed, epoch), reader, readers, *offset):
             yield (after,), i
 
     def read(self, index, rng):
         self.read_indices.append(int(index))
         if index in self.bad:
-            raise sources.BadSample("corrupt image")
+            raise data.BadSample("corrupt image")
         return Image.new("RGB", (32, 32)), "a kite and a ball"
 
 
@@ -201,7 +200,7 @@ def test_no_pair_is_read_twice_in_an_epoch_of_all_processes():
 
 
 def test_a_stream_goes_on_where_a_batch_ended():
-    world = sources.ShapesWorld(30)
+    world = data.ShapesWorld(30)
     batches = take(make_stream(world), 9)  # more than one epoch
     reader, *offset = batches[3].position
     rest = take(make_stream(world, start={reader: tuple(offset)}), 5)
@@ -210,7 +209,7 @@ def test_a_stream_goes_on_where_a_batch_ended():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_goes_on_where_it_was(workers):
-    world = sources.ShapesWorld(40)
+    world = data.ShapesWorld(40)
 
     def batches(count, **changes):
         loader = iter(data.make_loader(make_stream(world, **changes), workers, False))
@@ -283,14 +282,14 @@ def test_every_pair_of_an_epoch_is_augmented_in_its_own_way():
 
 def test_folder(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        sources.Folder(str(tmp_path / "nowhere"))
+        data.Folder(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="none of its 0 images"):
-        sources.Folder(str(tmp_path))
+        data.Folder(str(tmp_path))
     (tmp_path / "deep").mkdir()
     for name in ("a.jpg", "b.png", "deep/c.webp", "lonely.jpg"):
         Image.new("RGB", (20, 20)).save(tmp_path / name)
     for name in ("a", "b", "deep/c"):
         (tmp_path / f"{name}.txt").write_text(f"caption of {name}")
-    folder = sources.Folder(str(tmp_path))
+    folder = data.Folder(str(tmp_path))
     captions = [folder.read(item, None)[1] for _, item in folder.order(0, 0, 0, 1, folder.START)]
     assert sorted(captions) == ["caption of a", "caption of b", "caption of deep/c"]

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from checkpoints.ours import read_checkpoint
+from checkpoint import read_checkpoint
 from datasets import shapes
 from experiments.demo import kept_steps
 

@@ -5,16 +5,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, random_clip, random_model
+from conftest import random_clip
 from PIL import Image
 
-from checkpoints import load_method
-from checkpoints.released import rebuild_released
-from clip import visual_hidden
-from config import MaskConfig, UserError
-from datasets.protocols import completed
-from dense import DENSE, dense_embedding
-from segmenter import Segmenter
+import evaluate
+import training_free
+from clip import dense_embedding, visual_hidden
+from released import rebuild_released
+from training_free import DENSE, TrainingFree, TrainingFreeConfig
 
 
 @pytest.mark.parametrize("method", DENSE)
@@ -64,16 +62,12 @@ def test_dense_attention_against_a_loop(method):
     assert torch.allclose(got, want, atol=1e-6)  # NACLIP's weights are made in single precision
 
 
-def test_methods_differ_and_the_prior_is_one_of_them():
-    model, image = random_model(), Image.radial_gradient("L").convert("RGB").resize((40, 32))
+def test_methods_differ():
+    clip, image = random_clip(), Image.radial_gradient("L").convert("RGB").resize((40, 32))
     scores = {}
     for method in DENSE:
-        config = MaskConfig(method=method, short_side=32, window=32, stride=32, pamr=False)
-        scores[method] = Segmenter(model.clip, None, ["kite", "bug"], config).scores(image)
-        config = MaskConfig(prior=method, short_side=32, window=32, stride=32, pamr=False)
-        scores[f"code, {method}"] = Segmenter(model.clip, model, ["kite", "bug"], config).scores(
-            image
-        )
+        config = TrainingFreeConfig(method=method, short_side=32, window=32, stride=32, pamr=False)
+        scores[method] = TrainingFree(clip, None, ["kite", "bug"], config).scores(image).classes
     names = list(scores)
     for i, a in enumerate(names):
         for b in names[:i]:
@@ -85,11 +79,13 @@ def test_dense_embeddings_are_unit_vectors_of_patches():
     with torch.no_grad():
         hidden = visual_hidden(clip, torch.randn(2, 3, 24, 40))
         for method in DENSE:
-            dense = dense_embedding(clip, hidden, (3, 5), method)
+            dense = dense_embedding(clip, hidden, (3, 5), DENSE[method])
             assert dense.shape == (2, 15, 64)
             assert torch.allclose(dense, F.normalize(dense, dim=-1), atol=1e-6)
 
 
-def test_an_unknown_prior_is_refused():
-    with pytest.raises(UserError, match="--prior dino: not one of maskclip, sclip, clearclip"):
-        load_method(completed(MaskConfig(checkpoint="x.pt", prior="dino")), CPU)
+def test_an_unknown_method_is_refused(mistake):
+    for script in (training_free, evaluate):
+        assert "--method dino: 'code' or" in mistake(
+            script.main, "--dataset", "shapes", "--method", "dino"
+        )

@@ -16,9 +16,17 @@ from PIL import Image
 from clip import load_clip
 from config import MaskConfig, UserError
 from datasets import IGNORED, THESIS_DATASETS, load_benchmark
-from evaluate import IoU, check_world, main
-from segmenter import Segmenter, window_starts, with_background
-from support.tables import average, printable, table_4_1
+from evaluate import (
+    IoU,
+    Scores,
+    Segmenter,
+    average,
+    check_world,
+    main,
+    printable,
+    table_4_1,
+    window_starts,
+)
 
 RAW = golden.folder() / "raw"
 
@@ -71,15 +79,15 @@ def test_overlapping_windows_are_averaged():
     segmenter.masks = lambda images: ramp
     scores = segmenter.scores(Image.new("RGB", (12, 8)))
     want = [0, 1, 2, 3, (4 + 0) / 2, (5 + 1) / 2, (6 + 2) / 2, (7 + 3) / 2, 4, 5, 6, 7]
-    np.testing.assert_allclose(scores[0, 0], want)
+    np.testing.assert_allclose(scores.classes[0, 0], want)
 
 
 def test_sides_are_rounded_and_the_long_one_is_limited():
     config = MaskConfig(short_side=32, long_side=64, window=32, stride=32, pamr=False)
     segmenter = Segmenter(random_clip(), None, ["kite"], config)
-    assert segmenter.scores(Image.new("RGB", (44, 30))).shape == (1, 32, 47)  # 46.93
-    assert segmenter.scores(Image.new("RGB", (30, 41))).shape == (1, 44, 32)  # 43.73
-    assert segmenter.scores(Image.new("RGB", (200, 40))).shape == (1, 13, 64)  # 12.8
+    assert segmenter.scores(Image.new("RGB", (44, 30))).classes.shape == (1, 32, 47)  # 46.93
+    assert segmenter.scores(Image.new("RGB", (30, 41))).classes.shape == (1, 44, 32)  # 43.73
+    assert segmenter.scores(Image.new("RGB", (200, 40))).classes.shape == (1, 13, 64)  # 12.8
 
 
 def test_odd_sizes_are_padded_and_cut_back():
@@ -95,12 +103,15 @@ def test_odd_sizes_are_padded_and_cut_back():
 def test_background_is_where_no_class_exceeds_the_threshold():
     segmenter = Segmenter(random_clip(), None, ["a", "b"], MaskConfig(background=0.4))
     scores = torch.tensor([[[0.3, 0.6, 0.4]], [[0.2, 0.5, 0.9]]])
-    segmenter.scores = lambda image: scores
+    segmenter.scores = lambda image: Scores(scores)
     image = Image.new("RGB", (3, 1))
     assert segmenter.label_map(image, True).tolist() == [[0, 1, 2]]
     assert segmenter.label_map(image, False).tolist() == [[0, 0, 1]]
-    best, index = torch.tensor([[0.4, 0.5, 0.6]]), torch.tensor([[0, 1, 2]])
-    assert with_background(best, index, 0.5).tolist() == [[0, 0, 3]]  # it must exceed it
+    best, labels = Scores(scores).label_map((1, 3), 0.6)
+    assert torch.equal(best, torch.tensor([[0.3, 0.6, 0.9]]))
+    assert labels.tolist() == [[0, 0, 2]]  # it must exceed it
+    behind = Scores(scores, torch.tensor([[0.1, 0.6, 0.95]]))  # words of the background
+    assert behind.label_map((1, 3), 0.2)[1].tolist() == [[1, 0, 0]]  # and exceed these
     # Many classes are resized a few at a time: as if it were all at once, ties included.
     scores = (torch.rand(40, 5, 7) * 8).round() / 8
     full = F.interpolate(scores[None], (9, 13), mode="bilinear", align_corners=False)[0]
@@ -121,7 +132,7 @@ def test_background_is_where_no_class_exceeds_the_threshold():
         (("--dataset", "voc", "--root", "nowhere"), "nowhere/VOCdevkit/VOC2012 is missing"),
         (("--dataset", "shapes"), "needs --checkpoint"),
         (("--dataset", "shapes", "--checkpoint", "nowhere.pt"), "nowhere.pt: no such checkpoint"),
-        (("--dataset", "shapes", "--method", "sam"), "'code' or one of maskclip, sclip"),
+        (("--dataset", "shapes", "--method", "sam"), "'code' or 'maskclip'; see training_free.py"),
         (("--limit", "many"), "invalid int value: 'many'"),
         (("--limit", "0"), "--limit 0: must be at least 1"),
         (("--dataset", "shapes", "--stride", "96", "--window", "32"), "gaps would stay"),

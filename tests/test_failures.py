@@ -12,7 +12,7 @@ from conftest import ROOT
 from PIL import Image
 from runs import ENVIRONMENT, TINY, command, log, processes_of
 
-from checkpoints.ours import read_checkpoint
+from checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -9,10 +9,11 @@ from PIL import Image
 from runs import TINY, log, preempt, to_launcher, train
 
 from config import LossConfig, MaskConfig
+from evaluate import Segmenter
 from losses import code_loss
 from pamr import pamr
-from segmenter import Segmenter
 from support.device import autocast, choose_device
+from training_free import TrainingFree, TrainingFreeConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
@@ -88,14 +89,17 @@ def test_windows_and_refinement_against_the_cpus(method, protocol):
     torch.manual_seed(0)
     image, masks = torch.rand(1, 3, 60, 80), torch.rand(1, 5, 60, 80)
     assert torch.allclose(pamr(image, masks), pamr(image.cuda(), masks.cuda()).cpu(), atol=1e-4)
-    config = MaskConfig(window=32, stride=16, short_side=40, method=method, protocol=protocol)
+    kind, of = (
+        (Segmenter, MaskConfig) if protocol == "thesis" else (TrainingFree, TrainingFreeConfig)
+    )
+    config = of(window=32, stride=16, short_side=40, method=method)
     picture = Image.radial_gradient("L").convert("RGB").resize((90, 70))
     scores = []
     for device in (CPU, choose_device("cuda")):
         model = random_model().to(device)
         trained = model if method == "code" else None
-        segmenter = Segmenter(model.clip, trained, ["kite", "bug"], config)
-        scores.append(segmenter.scores(picture).cpu())
+        segmenter = kind(model.clip, trained, ["kite", "bug"], config)
+        scores.append(segmenter.scores(picture).classes.cpu())
     assert torch.allclose(*scores, atol=1e-4)
 
 

@@ -21,8 +21,7 @@ from datasets import (
     voc,
     voc20,
 )
-from datasets.predictions import read_prediction
-from evaluate import evaluate
+from evaluate import evaluate, read_prediction
 
 SHAPE = (6, 64)  # room for every id
 

@@ -6,19 +6,17 @@ import pytest
 from conftest import CPU
 from runs import train
 
-from checkpoints import load_method
 from config import MASK_PRESETS, EvalConfig, MaskConfig
 from datasets import load_benchmark
-from datasets.protocols import completed
-from evaluate import evaluate, make_segmenter
+from evaluate import Segmenter, benchmark_words, evaluate, load_method
 
 
 def mean_iou(method: str, checkpoint: Path) -> float:
     """On 60 held-out scenes."""
     options = MASK_PRESETS["shapes"] | {"method": method, "checkpoint": str(checkpoint)}
     settings, benchmark = MaskConfig(**options), load_benchmark("shapes", "")
-    clip, model = load_method(completed(settings), CPU)
-    segmenter = make_segmenter(clip, model, benchmark, settings)
+    clip, model = load_method(settings, CPU)
+    segmenter = Segmenter(clip, model, benchmark_words(benchmark, settings), settings)
     return evaluate(segmenter, benchmark, EvalConfig(limit=60))["mIoU"]
 
 

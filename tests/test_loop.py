@@ -9,7 +9,7 @@ import torch
 from conftest import CPU, random_model, some_batch
 
 import train
-from checkpoints.ours import Run, read_checkpoint
+from checkpoint import Run, read_checkpoint
 from config import LossConfig, TrainConfig, UserError
 from support.device import make_scaler, update_scale
 

@@ -12,16 +12,17 @@ from torch import nn
 
 import model as m
 from clip import (
+    dense_embedding,
     embed_texts,
     end_of_text,
     image_embedding,
+    maskclip,
     text_hidden,
     tokenize,
     transformer_block,
     visual_hidden,
 )
 from config import ModelConfig, UserError
-from dense import dense_embedding, maskclip
 
 
 def test_eq_3_2_word_logits(model):

@@ -6,10 +6,10 @@ from conftest import CPU, listened
 from PIL import Image
 from runs import OPTIONS, SETTINGS, segment
 
-from checkpoints.ours import load_model
+from checkpoint import load_model
 from config import MaskConfig
+from evaluate import Segmenter
 from segment import word_masks
-from segmenter import Segmenter
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from conftest import CPU, free_port, random_model, some_batch
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoints.ours import Run, read_checkpoint
+from checkpoint import Run, read_checkpoint
 from config import LossConfig, TrainConfig
 from data import Batch
 from losses import code_loss, gather, gather_triplets

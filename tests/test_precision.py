@@ -13,11 +13,12 @@ from PIL import Image
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from config import LossConfig, MaskConfig, UserError
+from evaluate import Segmenter
 from losses import code_loss
 from pamr import neighbours
-from segmenter import Segmenter
 from support.device import autocast, choose_device, choose_precision
 from train import logistic_noise
+from training_free import TrainingFree, TrainingFreeConfig
 
 
 def losses_of(model, batch, precision: torch.dtype) -> dict[str, torch.Tensor]:
@@ -165,17 +166,18 @@ def fake(x: torch.Tensor) -> torch.Tensor:
 )
 def test_a_window_on_a_fake_gpu(precision, method, protocol, fake_cuda):
     model = random_model()
-    config = MaskConfig(
-        window=32, stride=16, short_side=32, precision=precision, method=method, protocol=protocol
+    kind, of = (
+        (Segmenter, MaskConfig) if protocol == "thesis" else (TrainingFree, TrainingFreeConfig)
     )
+    config = of(window=32, stride=16, short_side=32, precision=precision, method=method)
     words = ["kite", "bug, beetle"]
-    segmenter = Segmenter(model.clip, model if method == "code" else None, words, config)
+    segmenter = kind(model.clip, model if method == "code" else None, words, config)
     with fake_cuda():
         on_gpu(model)
         segmenter.device = torch.device("cuda", 0)
         for name, value in vars(segmenter).items():
             if isinstance(value, torch.Tensor):
                 setattr(segmenter, name, fake(value))
-        scores = segmenter.scores(Image.new("RGB", (48, 40)))
+        scores = segmenter.scores(Image.new("RGB", (48, 40))).classes
         assert scores.device.type == "cuda" and scores.dtype == torch.float32
         assert scores.shape == ((2, 32, 38) if protocol == "thesis" else (2, 40, 48))

@@ -12,17 +12,31 @@ import torch.nn.functional as F
 from conftest import random_clip, random_model
 from PIL import Image
 
-from clip import embed_texts, tokenize, visual_hidden
+from clip import dense_embedding, embed_texts, tokenize, visual_hidden
 from config import EvalConfig, MaskConfig, UserError
 from datasets import DATASETS, Benchmark, load_benchmark
-from datasets.predictions import check_predictions, read_prediction
-from datasets.protocols import alternatives, described, read_names, training_free_names, with_words
-from dense import dense_embedding
-from evaluate import evaluate, main, make_segmenter
+from evaluate import (
+    Segmenter,
+    alternatives,
+    benchmark_words,
+    check_predictions,
+    evaluate,
+    main,
+    read_names,
+    read_prediction,
+    window_starts,
+)
 from pamr import pamr
-from segmenter import Segmenter, window_starts
 from support.device import enough_memory
 from support.draw import indexed
+from training_free import (
+    DENSE,
+    TrainingFree,
+    TrainingFreeConfig,
+    segmenter_of,
+    training_free_names,
+)
+from training_free import main as training_free_main
 
 RAW = str(golden.folder() / "raw")
 
@@ -57,7 +71,7 @@ def softmax_protocol(clip, image, classes, background, method, scale, threshold,
         for left in window_starts(x.shape[3], window, stride):
             part = x[..., top : top + window, left : left + window]
             grid = part.shape[2] // 8, part.shape[3] // 8
-            features = dense_embedding(clip, visual_hidden(clip, part), grid, method)[0]
+            features = dense_embedding(clip, visual_hidden(clip, part), grid, DENSE[method])[0]
             cosine = torch.stack([features @ row for row in rows]).unflatten(1, grid)[None]
             here = slice(top, top + window), slice(left, left + window)
             total[(slice(None), *here)] += resized(cosine, part.shape[2:])[0].numpy()
@@ -86,9 +100,8 @@ def test_softmax_protocol_against_a_loop(method, window, refine):
     clip, image = random_clip(), noise_image(60, 40)
     classes, background = [["kite", "red kite"], ["bug"], ["moon", "sun"]], ["sky", "grass"]
     scale, threshold = 30.0, 0.22
-    config = MaskConfig(
+    config = TrainingFreeConfig(
         method=method,
-        protocol="training-free",
         background_words="sky, grass",
         background=threshold,
         softmax_scale=scale,
@@ -97,7 +110,7 @@ def test_softmax_protocol_against_a_loop(method, window, refine):
         stride=16,
         pamr=refine,
     )
-    segmenter = Segmenter(clip, None, ["kite,red kite", "bug", "moon, sun"], config)
+    segmenter = TrainingFree(clip, None, ["kite,red kite", "bug", "moon, sun"], config)
     got = segmenter.label_map(image, background=True).numpy()
     settings = (32, window, 16)
     arguments = (classes, background, method, scale, threshold, refine, settings)
@@ -105,7 +118,7 @@ def test_softmax_protocol_against_a_loop(method, window, refine):
         want = softmax_protocol(clip, image, *arguments)
     assert (got == want).mean() > 0.998  # a tie of two roundings may fall to either side
     assert len(np.unique(want)) >= 3
-    low = Segmenter(clip, None, ["kite,red kite", "bug", "moon, sun"], config)
+    low = TrainingFree(clip, None, ["kite,red kite", "bug", "moon, sun"], config)
     low.config.background = 0.0
     assert (low.label_map(image, True).numpy() == 0).mean() < (want == 0).mean()
 
@@ -114,8 +127,8 @@ def test_softmax_protocol_against_a_loop(method, window, refine):
     "method, size, count", [("naclip", (336, 448), 1), ("sclip", (224, 224), 6)]
 )
 def test_voc_is_taken_whole_by_naclip_alone(method, size, count):
-    config = MaskConfig(method=method, protocol="training-free", background_words="sky")
-    segmenter = make_segmenter(random_clip(), None, load_benchmark("voc", RAW), config)
+    config = TrainingFreeConfig(method=method, background_words="sky")
+    segmenter = segmenter_of(load_benchmark("voc", RAW), random_clip(), None, config, set())
     seen = []
 
     def masks(images: torch.Tensor) -> torch.Tensor:
@@ -132,13 +145,16 @@ def test_the_best_alternative_counts_and_words_of_the_background_win():
     model, image = random_model(), noise_image(48, 32)
     sizes = dict(short_side=32, window=32, stride=16, background=0.0)
     words = ["kite", "bug", "moon", "star"]
-    each = Segmenter(model.clip, model, words, MaskConfig(**sizes)).scores(image)
+    each = Segmenter(model.clip, model, words, MaskConfig(**sizes)).scores(image).classes
     both = Segmenter(model.clip, model, ["kite,moon", "bug"], MaskConfig(**sizes)).scores(image)
+    assert both.background is None
+    both = both.classes
     assert torch.allclose(both, torch.stack([each[[0, 2]].amax(0), each[1]]), atol=1e-6)
     config = MaskConfig(**sizes, background_words="moon,star")
     behind = Segmenter(model.clip, model, ["kite", "bug"], config)
-    scores = behind.scores(image)  # the background's is the first row
-    assert torch.allclose(scores, torch.stack([each[2:].amax(0), each[0], each[1]]), atol=1e-6)
+    scores = behind.scores(image)
+    assert torch.allclose(scores.classes, each[:2], atol=1e-6)
+    assert torch.allclose(scores.background, each[2:].amax(0), atol=1e-6)
     won = each[:2].amax(0) > each[2:].amax(0)
     assert won.any() and not won.all()
     small = image.resize((48, 32))  # the size of the scores
@@ -174,24 +190,23 @@ def test_names_of_every_benchmark():
 
 
 def test_words_of_a_benchmark(tmp_path):
-    benchmark = load_benchmark("shapes", "")
-    thesis, free = (MaskConfig(protocol=name) for name in ("thesis", "training-free"))
-    assert with_words(thesis, benchmark) == (list(benchmark.class_names[1:]), thesis)
-    names, config = with_words(free, benchmark)
-    assert names == list(benchmark.class_names[1:])
-    assert config.background_words == "grass,sand,water,brick,wood,snow"
+    benchmark, clip = load_benchmark("shapes", ""), random_clip()
+    names = list(benchmark.class_names[1:])
+    assert benchmark_words(benchmark, MaskConfig()) == names
     file = tmp_path / "names.txt"
     file.write_text("\n".join(["ball, round thing", *names[1:]]) + "\n")
-    for protocol in (thesis, free):
-        protocol.names = str(file)
-        names, config = with_words(protocol, benchmark)
-        assert names[0] == "ball, round thing" and len(names) == 12
-    free.background_words = "sky"
-    assert with_words(free, benchmark)[1].background_words == "sky"
-    free.prior_weight, free.method = 0.3, "code"
-    want = f"training-free protocol, code with 30% maskclip prior, refined, {file}"
-    want += " and 1 of the background"
-    assert described(free) == want
+    given = benchmark_words(benchmark, MaskConfig(names=str(file)))
+    assert given[0] == "ball, round thing" and len(given) == 12
+
+    config = TrainingFreeConfig(method="maskclip")
+    free = segmenter_of(benchmark, clip, None, config, set())
+    assert free.config.background_words == "grass,sand,water,brick,wood,snow"
+    assert free.counts == [1] * 12 + [6]
+    config = TrainingFreeConfig(method="code", names=str(file), background_words="sky")
+    free = segmenter_of(benchmark, clip, random_model(), config, set())
+    assert free.counts == [2, *[1] * 11, 1]
+    want = "training-free protocol, code with 30% maskclip prior, refined, mine"
+    assert free.description("mine") == want + " and 1 of the background"
 
 
 @pytest.mark.parametrize(
@@ -201,10 +216,9 @@ def test_words_of_a_benchmark(tmp_path):
         (("--names", "empty.txt"), "empty.txt, line 2: an empty name in 'bug,,kite'"),
         (("--names", "none.txt"), "--names none.txt: cannot be read"),
         (("--background-words", "sky,,wall"), "an empty name in 'sky,,wall'"),
-        (("--protocol", "published"), "--protocol published: not one of thesis, training-free"),
         (("--predictions", "none"), "500 of the 500 label maps of shapes are missing"),
         (("--predictions", "none", "--limit", "9"), "9 of the 9 label maps of shapes are missing"),
-        (("--predictions", "none", "--method", "naclip"), "--predictions and --method: give one"),
+        (("--predictions", "none", "--method", "maskclip"), "--predictions and --method: give one"),
         (("--predictions", "none", "--names", "two.txt"), "--predictions and --names: give one"),
         (("--names", "nothing.txt"), "--names nothing.txt: it is empty"),
         (("--background-words", "very " * 90), "90 tokens, a query holds 69 at most"),
@@ -220,6 +234,11 @@ def test_mistakes(arguments, message, mistake, monkeypatch, tmp_path):
     if "--predictions" not in arguments:
         options += ("--method", "maskclip")
     assert message in mistake(main, *options, *arguments)
+
+
+def test_training_free_reads_no_label_maps(mistake):
+    said = mistake(training_free_main, "--dataset", "shapes", "--predictions", "maps")
+    assert "--predictions: evaluate.py reads label maps" in said
 
 
 def test_a_line_of_names_is_read_as_it_stands(tmp_path):
@@ -264,7 +283,7 @@ def test_metrics_of_label_maps(tmp_path):
     save([[7, 8, 11, 12], [7, 8, 11, 7]], tmp_path / "x.png")
     save([[7, 7, 11, 12], [7, 8, 11, 12]], tmp_path / "y.png")
     config = EvalConfig(predictions=str(tmp_path))
-    check_predictions(config, MaskConfig(), [benchmark])
+    check_predictions(config, [benchmark])
     metrics = evaluate(None, benchmark, config)
     assert metrics["IoU"] == {"a": 80.0, "b": 75.0, "c": 100.0, "d": 100.0}
     assert metrics["method"] == f"predictions of {tmp_path}"
@@ -275,7 +294,7 @@ def test_a_label_map_that_does_not_fit_is_named(tmp_path):
     benchmark = two_images((7, 8, 11, 12))
     save([[7, 8, 11, 12]], tmp_path / "x.png")
     with pytest.raises(UserError, match="1 of the 2 label maps of two are missing, y.png first"):
-        check_predictions(EvalConfig(predictions=str(tmp_path)), MaskConfig(), [benchmark])
+        check_predictions(EvalConfig(predictions=str(tmp_path)), [benchmark])
     with pytest.raises(UserError, match=r"x.png is 4 x 1, its image 4 x 2"):
         read_prediction(tmp_path, benchmark, 0, (4, 2))
     save([[7, 8, 11, 12], [0, 8, 11, 255]], tmp_path / "x.png")

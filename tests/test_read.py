@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, listened, model_config
 from runs import train
 
-from checkpoints.ours import model_content, read_checkpoint, save_checkpoint
+from checkpoint import model_content, read_checkpoint, save_checkpoint
 from clip import embed_texts, load_clip
 from config import TRAIN_PRESETS, LossConfig, TrainConfig, UserError
 from docs.book.alignment import TERMS

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoints.ours import load_model
-from checkpoints.released import rebuild_released, rename_released
+from checkpoint import load_model
 from clip import visual_hidden
 from config import LossConfig, MaskConfig, UserError
 from data import Batch, collate
+from evaluate import Segmenter
 from losses import code_loss
 from pamr import pamr
-from segmenter import Segmenter
+from released import rebuild_released, rename_released
 
 GOLDEN = golden.folder()
 TRIPLES = sorted(path.stem for path in GOLDEN.glob("tiny_*.json"))

@@ -16,7 +16,7 @@ from runs import (
     train,
 )
 
-from checkpoints.ours import read_checkpoint
+from checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.slow
 

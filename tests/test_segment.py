@@ -16,21 +16,21 @@ from conftest import CPU, ROOT
 from PIL import Image
 from runs import OPTIONS, SETTINGS, segment
 
-from checkpoints.ours import load_model
+from checkpoint import load_model
 from clip import noun_prompts, text_hidden, tokenize, tokens_of
 from config import MaskConfig, UserError, run_script
 from datasets import shapes
+from evaluate import Segmenter
 from segment import (
     Result,
-    chosen,
     images_and_words,
     load_segmenter,
     main,
     name_of_output,
     shares,
+    surroundings,
     word_masks,
 )
-from segmenter import Segmenter, arg_max
 from support.draw import heat
 from support.page import page_item
 
@@ -55,7 +55,7 @@ def test_words_in_an_image(world):
     found = json.loads((world / "s.json").read_text())["scene.png"]
     assert found["bug"]["share"] == pytest.approx((want == 1).mean())
     assert 0.3 < found["bug"]["score"] < 1
-    best, _ = arg_max(segmenter.scores(image), (96, 96))
+    best, _ = segmenter.scores(image).label_map((96, 96), 0.3)
     assert found["bug"]["score"] == pytest.approx(best.numpy()[want == 1].mean(), abs=1e-6)
     for name in ("scene.overlay.png", "scene.score-1.png", "scene.score-2.png"):
         assert Image.open(out / name).width >= 96
@@ -122,17 +122,19 @@ def test_names_from_a_file(world, tmp_path):
     assert np.array_equal(labels, segmenter.label_map(image, background=True).numpy())
 
 
-def test_words_of_the_background_that_are_asked_for_are_none(world):
-    settings = chosen(MaskConfig(clip="shapes"), ["bug", "sand, snow"])
-    assert settings.background_words == "grass,water,brick,wood"
-    assert (settings.method, settings.protocol) == ("maskclip", "training-free")
-    assert chosen(MaskConfig(), ["sky"]).method == "naclip"
-    assert chosen(MaskConfig(), ["Sky"]).background_words.startswith("wall,tree")  # as CLIP reads
-    assert chosen(MaskConfig(background_words="sky"), ["sky"]).background_words == "sky"
-    trained = chosen(MaskConfig(checkpoint="x.pt"), ["sky"])
-    assert (trained.method, trained.protocol, trained.background_words) == ("code", "thesis", None)
-    compared = chosen(MaskConfig(method="sclip", protocol="thesis"), ["sky"])
-    assert (compared.protocol, compared.background_words) == ("thesis", None)
+def test_words_of_the_background_that_are_asked_for_are_none():
+    assert surroundings(["bug", "sand, snow"], "shapes") == "grass,water,brick,wood"
+    assert surroundings(["Sky"], "thesis").startswith("wall,tree")  # as CLIP reads
+    assert len(surroundings(["dog"], "thesis").split(",")) == 26
+
+
+def test_how_words_are_looked_for_from_python(world):
+    free = load_segmenter(["bug", "sand"], preset="shapes")
+    assert (free.protocol, free.config.method) == ("training-free", "maskclip")
+    assert free.config.background_words == "grass,water,brick,wood,snow"
+    trained = load_segmenter(["bug"], preset="shapes", checkpoint=str(world / "code.pt"))
+    assert trained.protocol == "thesis" and trained.model is not None
+    assert trained.config.background_words is None
 
 
 def test_from_python_as_the_docs_show_it(world, tmp_path, monkeypatch):

@@ -13,9 +13,8 @@ import pytest
 from PIL import Image
 
 import data
-import sources
 from config import UserError
-from sources import BadSample, Shards, expand_braces, index_shard
+from data import BadSample, Shards, expand_braces, index_shard
 
 
 def jpeg(size=(40, 30), kind: str = "JPEG") -> bytes:
@@ -162,9 +161,7 @@ def test_going_on_reads_one_shard_again(tmp_path, monkeypatch):
     every = list(shards.order(3, 1, 0, 2, shards.START))
     assert len(every) == 4 * 5
     opened = []
-    monkeypatch.setattr(
-        sources, "index_shard", lambda path: opened.append(path) or index_shard(path)
-    )
+    monkeypatch.setattr(data, "index_shard", lambda path: opened.append(path) or index_shard(path))
     offset, _ = every[12]  # in the third of this reader's four shards
     assert list(shards.order(3, 1, 0, 2, offset))[:2] == every[13:15]
     going_on = shards.order(3, 1, 0, 2, offset)

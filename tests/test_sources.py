@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
-import sources
+import data
 from config import TrainConfig, UserError
-from sources import BadSample, Folder, read_image, to_rgb
+from data import BadSample, Folder, read_image, to_rgb
 
 ORIENTATION = 0x0112
 
@@ -132,12 +132,12 @@ def test_names_that_are_not_utf8(tmp_path):
 
 def test_the_line_at_the_start(tmp_path, capsys, monkeypatch):
     put(tmp_path, "a.jpg", "a.txt", "b.jpg")
-    sources.open_source(TrainConfig(pairs=str(tmp_path)))
+    data.open_source(TrainConfig(pairs=str(tmp_path)))
     assert capsys.readouterr().out == "1 pair; 1 image without a caption\n"
-    sources.open_source(TrainConfig(preset="shapes"))
+    data.open_source(TrainConfig(preset="shapes"))
     assert capsys.readouterr().out == "5000 drawn scenes\n"
-    monkeypatch.setattr(sources, "process_rank", lambda: 1)
-    sources.open_source(TrainConfig(pairs=str(tmp_path)))
+    monkeypatch.setattr(data, "process_rank", lambda: 1)
+    data.open_source(TrainConfig(pairs=str(tmp_path)))
     assert capsys.readouterr().out == ""
 
 
@@ -309,7 +309,7 @@ def test_negative_values_nan_and_infinity():
 
 
 def test_a_reader_of_the_shapes_world_keeps_no_scenes():
-    world = sources.ShapesWorld(5)
+    world = data.ShapesWorld(5)
     first = world.read(3, np.random.default_rng(0))
     assert len(pickle.dumps(world)) < 1000
     again = world.read(3, np.random.default_rng(1))

@@ -12,7 +12,7 @@ from PIL import Image
 from runs import ENVIRONMENT, TINY, log, train
 
 import support.log
-from checkpoints.ours import load_model, read_checkpoint
+from checkpoint import load_model, read_checkpoint
 from config import TrainConfig
 from support.device import make_scaler, update_scale
 from train import learning_rate, main

@@ -9,13 +9,12 @@ import open_clip
 import torch
 from torch import Tensor
 
-from checkpoints.ours import load_model, read_checkpoint
+from checkpoint import load_model, read_checkpoint
 from clip import load_clip
 from config import ModelConfig, TrainConfig, UserError
-from data import Batch, PairStream, collate, shapes_tagger
+from data import Batch, PairStream, ShapesWorld, collate, shapes_tagger
 from datasets import shapes
 from model import CoDe, Decomposition
-from sources import ShapesWorld
 from train import logistic_noise
 
 PAIRS = 8  # in the batch; the first is the pair that the page follows

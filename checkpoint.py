@@ -12,10 +12,10 @@ import open_clip
 import torch
 import torch.distributed as dist
 
-from checkpoints.released import is_released, load_exactly, read_tensors, rebuild_released
 from clip import load_clip
 from config import LossConfig, ModelConfig, TrainConfig, UserError
 from model import CoDe
+from released import is_released, load_exactly, read_tensors, rebuild_released
 from support.distributed import process_count, process_rank
 from support.files import whole_file
 
