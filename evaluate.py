@@ -125,10 +125,6 @@ class Segmenter:
     def __init__(
         self, clip: open_clip.CLIP, model: CoDe | None, words: Sequence[str], config: MaskConfig
     ):
-        if config.stride > config.window:
-            raise UserError(
-                f"--stride {config.stride} beyond --window {config.window}: gaps would stay"
-            )
         self.clip, self.model, self.config = clip, model, config
         self.device = clip.text_projection.device
         self.precision = choose_precision(config.precision, self.device)
@@ -394,8 +390,13 @@ def evaluate(segmenter: Segmenter | None, benchmark: Benchmark, config: EvalConf
         "pixel_accuracy": none_for_nan(iou.pixel_accuracy()),
         "IoU": dict(zip(benchmark.class_names, per_class)),
         "method": what,
-        "settings": asdict(segmenter.config if segmenter else config),
+        "settings": asdict(config) if segmenter is None else settings_of(segmenter.config),
     }
+
+
+def settings_of(config: MaskConfig) -> dict:
+    """The options as they were used, the threshold of the background among them."""
+    return asdict(config) | {"background": config.threshold}
 
 
 def names_used(config: MaskConfig) -> str:
@@ -499,6 +500,10 @@ def load_method(config: MaskConfig, device: torch.device) -> tuple[open_clip.CLI
 
     Raises UserError.
     """
+    if config.stride > config.window:
+        raise UserError(
+            f"--stride {config.stride} beyond --window {config.window}: gaps would stay"
+        )
     if config.checkpoint is None:
         if config.method == "code":
             raise UserError(
@@ -559,18 +564,19 @@ def evaluate_all(
 
 def main() -> None:
     config, settings = parse(__doc__, EvalConfig, MaskConfig, presets=MASK_PRESETS)
+    benchmarks = load_benchmarks(config)
     if settings.method not in ("code", "maskclip"):
         raise UserError(
             f"--method {settings.method}: 'code' or 'maskclip'; see training_free.py for others"
         )
-    benchmarks = load_benchmarks(config)
+    if config.predictions:
+        refuse_beside_predictions(settings)
+        check_predictions(config, benchmarks)
     for benchmark in benchmarks:  # mistakes in words, before CLIP's weights are fetched
         benchmark_words(benchmark, settings)
     device = choose_device(settings.device)
     start_processes(device, config.timeout)
     if config.predictions:
-        refuse_beside_predictions(settings)
-        check_predictions(config, benchmarks)
         evaluate_all(lambda benchmark: None, benchmarks, config)
         stop_processes()
         return
