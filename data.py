@@ -775,15 +775,15 @@ class PairStream(IterableDataset):
         samples: list[tuple] = []
         skipped: Counts = Counts()
         recent: collections.deque[str | None] = collections.deque(maxlen=1000)  # cause, if bad
-        fruitless, bad = 0, Counts()  # whole epochs in a row without a usable pair, and why
+        usable, epochs, bad = False, 0, Counts()  # before the first usable pair
         while True:
-            good, whole = 0, not any(offset)
+            whole = not any(offset)
             for after, item in self.source.order(self.seed, epoch, reader, readers, offset):
                 rng = np.random.default_rng((self.seed, epoch, reader, *offset))
                 offset = after
                 try:
                     samples.append(self.prepare(item, rng))
-                    good += 1
+                    usable = True
                     recent.append(None)
                 except BadSample as cause:
                     skipped[str(cause)] += 1
@@ -799,10 +799,15 @@ class PairStream(IterableDataset):
                     batch = collate(*zip(*samples), self.context_length, self.with_released_labels)
                     yield replace(batch, skipped=skipped, position=(reader, epoch, *offset))
                     samples, skipped = [], Counts()
-            fruitless, bad = (0, Counts()) if good else (fruitless + whole, bad)
-            if fruitless >= readers:  # shares change with every epoch: about a pass over all pairs
-                causes = listed(bad) or f"there are fewer pairs than the {readers} loader workers"
-                yield UserError(f"a whole epoch gave 0 usable pairs ({causes})")
+            epochs += whole
+            if whole and not any(offset):
+                yield UserError(
+                    f"fewer pairs than the {readers} loader workers of all processes: "
+                    "fewer --workers need less"
+                )
+            # A share is another one in every epoch: so many are about one pass over all the pairs.
+            elif not usable and epochs >= readers:
+                yield UserError(f"a whole epoch gave 0 usable pairs ({listed(bad)})")
             epoch, offset = epoch + 1, self.source.START
 
     def prepare(self, item, rng: np.random.Generator) -> tuple:

@@ -1,6 +1,8 @@
 """Noun selection, reading pairs, and the order of the stream."""
 
 import collections
+import pickle
+import re
 
 import numpy as np
 import pytest
@@ -221,6 +223,77 @@ def test_a_loader_goes_on_where_it_was(workers):
     assert all(map(same, whole[3:], rest))
 
 
+def test_a_stream_can_be_given_to_a_process_that_is_spawned():
+    """As macOS and Windows start loader workers: by pickling all that they need."""
+    stream = make_stream(sources.ShapesWorld(30))
+    loader = data.DataLoader(
+        stream, batch_size=None, num_workers=1, multiprocessing_context="spawn"
+    )
+    batches = iter(loader)
+    assert all(same(expected, next(batches)) for expected in take(stream, 2))
+
+
+def test_what_a_worker_says_can_be_sent():
+    (answer,) = take(make_stream(Counted(10, bad=tuple(range(10)))), 1)
+    for said in (answer, sources.BadSample("corrupt image")):
+        received = pickle.loads(pickle.dumps(said))
+        assert type(received) is type(said) and str(received) == str(said)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_platform_says_how_workers_start(workers):
+    loader = data.make_loader(make_stream(Counted(8)), workers, False)
+    assert loader.multiprocessing_context is None
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+def test_an_epoch_may_be_smaller_than_a_batch(readers):
+    """Ten pairs fill a batch of 16: every pair comes once in an epoch, in a way of its own."""
+    read = []
+    for rank in range(readers):
+        source = Counted(10, bad=(3,))
+        batches = take(make_stream(source, rank=rank, processes=readers, pairs=16), 3)
+        assert all(len(batch.images) == 16 for batch in batches)
+        read.append(source.read_indices)
+    share = 10 // readers
+    for epoch in range(3):
+        here = [i for indices in read for i in indices[epoch * share : (epoch + 1) * share]]
+        assert sorted(here) == list(range(10))
+
+
+def test_a_stream_of_small_epochs_goes_on_where_a_batch_ended():
+    world = sources.ShapesWorld(5)
+    batches = take(make_stream(world, pairs=12), 5)
+    reader, *offset = batches[1].position
+    assert offset[0] > 3
+    rest = take(make_stream(world, pairs=12, start={reader: tuple(offset)}), 3)
+    assert all(map(same, batches[2:], rest))
+
+
+def test_a_share_without_a_usable_pair_is_no_error_while_others_have_some():
+    """In an epoch each of four readers has one pair of four, and half of these are bad."""
+    for rank in range(4):
+        stream = make_stream(Counted(4, bad=(0, 1)), rank=rank, processes=4, pairs=100)
+        (batch,) = take(stream, 1)
+        assert len(batch.images) == 100 and batch.skipped["corrupt image"] > 50
+
+
+@pytest.mark.parametrize("count, readers", [(1, 1), (4, 4), (10, 1), (10, 4)])
+def test_a_whole_epoch_without_a_usable_pair_names_the_causes(count, readers):
+    for rank in range(readers):
+        source = Counted(count, bad=tuple(range(count)))
+        (answer,) = take(make_stream(source, rank=rank, processes=readers), 1)
+        assert isinstance(answer, UserError)
+        assert re.search(r"a whole epoch gave 0 usable pairs \(\d+ corrupt image\)", str(answer))
+
+
+def test_fewer_pairs_than_readers():
+    for rank in range(4):
+        (answer,) = take(make_stream(Counted(2), rank=rank, processes=4), 1)
+        assert isinstance(answer, data.Batch) == (rank < 2)
+    assert "fewer pairs than the 4 loader workers" in str(answer) and "--workers" in str(answer)
+
+
 def test_bad_pairs_are_skipped_and_counted():
     source = Counted(12, bad=(2, 5, 7))
     skipped = collections.Counter()
@@ -238,6 +311,27 @@ def test_mostly_bad_data_stops():
 def test_nothing_but_bad_data_stops():
     (answer,) = take(make_stream(Counted(10, bad=tuple(range(10)))), 1)
     assert isinstance(answer, UserError) and "10 corrupt image" in str(answer)
+
+
+def test_the_causes_are_those_of_the_pairs_that_are_counted():
+    """Of 1,000 pairs 501 are bad for two causes, however many batches there were between them."""
+
+    class TwoCauses(Counted):
+        def read(self, index, rng):
+            bad = super().read(index, rng)  # corrupt image
+            if index % 4 == 0:
+                raise sources.BadSample("caption empty")
+            return bad
+
+    bad = {i for i in range(4000) if i % 3 == 0}
+    stream = make_stream(TwoCauses(4000, bad=tuple(bad)), pairs=2)
+    said = next(str(batch) for batch in iter(stream) if isinstance(batch, UserError))
+    found = re.match(
+        r"501 of the last (\d+) pairs .*\((\d+) corrupt image, (\d+) caption empty\)", said
+    )
+    assert found, said
+    assert int(found[1]) <= 1000 and int(found[2]) + int(found[3]) == 501
+    assert int(found[3]) > 100
 
 
 def test_a_batch_has_what_its_pairs_say():
@@ -272,6 +366,27 @@ def test_a_crop_keeps_as_much_of_the_image_as_it_should():
         spans[least] = across * down  # share of the image
     assert spans[1.0].min() > 0.85  # whole images, but for half a cell at each border
     assert spans[0.3].min() < 0.5 and spans[0.3].min() > 0.25
+
+
+def test_about_half_of_the_images_are_flipped():
+    (batch,) = take(make_stream(Ramp(64), pairs=64, min_crop=1.0), 1)
+    grows = batch.images[:, 0, 0, -1] > batch.images[:, 0, 0, 0]  # red, to the right
+    assert 16 < grows.sum() < 48
+    assert (batch.images[:, 1, -1, 0] > batch.images[:, 1, 0, 0]).all()  # green, downwards
+
+
+def test_the_nouns_of_a_pair_are_drawn_at_random_among_those_of_its_caption():
+    class Crowd(Counted):
+        def read(self, index, rng):
+            return Image.new("RGB", (32, 32)), "a kite, a ball, a house, a tree and a fish"
+
+    (batch,) = take(make_stream(Crowd(200), pairs=200), 1)
+    nouns = tokenize(["kite", "ball", "house", "tree", "fish"])[:, 1].tolist()
+    first, second = batch.noun_tokens[:, 5].view(2, 200).tolist()
+    drawn = collections.Counter(zip(first, second))
+    assert set(first) == set(second) == set(nouns)
+    assert len(drawn) == 5 * 4 and all(a != b for a, b in drawn)  # every ordered pair of two
+    assert max(collections.Counter(first).values()) < 80  # 40 expected
 
 
 def test_every_pair_of_an_epoch_is_augmented_in_its_own_way():

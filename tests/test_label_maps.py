@@ -132,6 +132,9 @@ def test_train_ids_of_cityscapes(tmp_path):
         write_cityscapes(tmp_path / name, [of_ids(ids)])
         said = message(cityscapes, tmp_path / name)
         assert "they seem to be trainIds" in said and "*_gtFine_labelIds.png" in said
+    write_cityscapes(tmp_path / "beyond", [of_ids([7, 34, 200])])
+    said = message(cityscapes, tmp_path / "beyond")
+    assert said.endswith("a_0_gtFine_labelIds.png holds ids that cityscapes does not have: 34, 200")
     # Ids that nothing tells from labelIds are labelIds: out of the picture, a road's edge.
     for name, ids in (("void", [0, 1, 4]), ("all", range(34))):
         write_cityscapes(tmp_path / name, [of_ids(ids)])

@@ -379,7 +379,7 @@ def test_long_names(photos, capsys):
 
 def test_names_of_outputs_are_distinct():
     taken: set[str] = set()
-    for path in ("a/0.jpg", "b/0.jpg", "b/0-2.jpg", "c/0.png", "D/A.jpg", "D/a.jpg"):
+    for path in ("a/0.jpg", "b/0.jpg", "b/0-2.jpg", "c/0.png", "D/a.jpg", "D/A.jpg"):
         name = name_of_output(Path(path), taken)
         assert name.lower() not in taken  # also where a file system knows one case
         taken.add(name.lower())
