@@ -84,7 +84,13 @@ def load_clip(name: str, weights: str = "openai") -> open_clip.CLIP:
         )
     if name != "shapes" and weights != "none" and weights not in _tags(name):
         _load_file(clip, name, weights)
+    clip.of_shapes = name == "shapes"
     return clip.eval().requires_grad_(False)
+
+
+def is_of_shapes(clip: open_clip.CLIP) -> bool:
+    """Whether it is the shapes world's own, whose sizes and constants are none for photos."""
+    return getattr(clip, "of_shapes", False)
 
 
 def _load_shapes_clip(weights: str | Path) -> open_clip.CLIP:

@@ -31,10 +31,10 @@ from clip import (
     IMAGE_MEAN,
     IMAGE_STD,
     PRIOR_TEMPLATES,
-    SHAPES_ARCHITECTURE,
     check_lengths,
     cosines,
     dense_embedding,
+    is_of_shapes,
     load_clip,
     template_embedding,
     visual_hidden,
@@ -520,14 +520,13 @@ def check_world(clip: open_clip.CLIP, datasets: Sequence[str], source: str) -> N
 
     source: where the CLIP comes from. The sizes and constants of one world are none for the other.
     """
-    side, shapes_side = clip.visual.image_size[0], SHAPES_ARCHITECTURE["vision_cfg"]["image_size"]
-    if side == shapes_side and any(name != "shapes" for name in datasets):
+    if is_of_shapes(clip) and any(name != "shapes" for name in datasets):
         raise UserError(f"{source}: of the shapes world, see --dataset shapes")
-    if side != shapes_side and "shapes" in datasets:
+    if not is_of_shapes(clip) and "shapes" in datasets:
         others = ", ".join(name for name in DATASETS if name != "shapes")
         raise UserError(
-            f"--dataset shapes: {source} is not of the shapes world, it sees images of {side} "
-            f"pixels, not of {shapes_side}: name another benchmark ({others}, all)"
+            f"--dataset shapes: {source} is not of the shapes world: name another benchmark "
+            f"({others}, all)"
         )
 
 

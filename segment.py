@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from clip import SHAPES_ARCHITECTURE, noun_prompts, tokenize, tokens_of
+from clip import is_of_shapes, noun_prompts, tokenize, tokens_of
 from config import (
     MASK_PRESETS,
     MaskConfig,
@@ -247,8 +247,8 @@ def make_segmenter(words: Sequence[str], settings: MaskConfig, preset: str) -> S
         raise UserError(f"--method {settings.method} and --checkpoint: give one of them")
     check_method(settings)
     clip, model = load_method(settings, choose_device(settings.device))
-    of_shapes = clip.visual.image_size[0] == SHAPES_ARCHITECTURE["vision_cfg"]["image_size"]
-    if of_shapes != (preset == "shapes"):
+    if is_of_shapes(clip) != (preset == "shapes"):
+        of_shapes = is_of_shapes(clip)
         change = "add --preset shapes" if of_shapes else "leave --preset shapes out"
         change += ' (from Python: preset="shapes")'
         raise UserError(f"this CLIP is {'' if of_shapes else 'not '}the shapes world's: {change}")

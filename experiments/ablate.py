@@ -117,7 +117,7 @@ def check_settings(names: Sequence[str], config: AblateConfig) -> None:
     settings |= {f"the row {name}": ROWS[name].options for name in names}
     settings = json.loads(json.dumps(settings))  # as they are read back
     path = Path(config.out) / "settings.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
+    before = json.loads(path.read_text("utf-8")) if path.exists() else {}
     for name, value in settings.items():
         if before.get(name, value) != value:
             raise UserError(
@@ -175,7 +175,7 @@ def run_all(names: Sequence[str], config: AblateConfig) -> None:
 def read_metrics(name: str, config: AblateConfig) -> list[dict]:
     """Of every seed of a row."""
     folders = [run_folder(name, seed, config) for seed in seeds_of(name, config)]
-    return [json.loads((folder / "metrics.json").read_text()) for folder in folders]
+    return [json.loads((folder / "metrics.json").read_text("utf-8")) for folder in folders]
 
 
 # --- what is written ------------------------------------------------------------------------------

@@ -53,8 +53,8 @@ def start_training(out: Path, *options: str, show: bool = False) -> subprocess.P
 
 def training_seconds(folder: Path) -> float:
     """Of a run's training, by its log's median speed: interruptions do not count."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    settings = json.loads((folder / "config.json").read_text())["train"]
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
+    settings = json.loads((folder / "config.json").read_text("utf-8"))["train"]
     speed = statistics.median(line["pairs_per_second"] for line in lines)
     return settings["steps"] * settings["batch_size"] / speed
 

@@ -176,7 +176,7 @@ def test_clip_and_benchmark_are_of_one_world():
     for datasets in (["voc"], ["voc", "shapes"], THESIS_DATASETS):
         with pytest.raises(UserError, match="a.pt: of the shapes world, see --dataset shapes"):
             check_world(shapes, datasets, "a.pt")
-    with pytest.raises(UserError, match="a.pt is not of the shapes world, .*: name another bench"):
+    with pytest.raises(UserError, match="a.pt is not of the shapes world: name another bench"):
         check_world(other, ["shapes"], "a.pt")
 
 

@@ -73,7 +73,7 @@ def hcl(o: Observation) -> str:
 
 def bars(seen: Observations) -> str:
     """Eq. 3.8: every logged step's L as a bar of its weighted terms."""
-    log = [json.loads(line) for line in seen[0].log.read_text().splitlines()]
+    log = [json.loads(line) for line in seen[0].log.read_text("utf-8").splitlines()]
     top, last = max(line["total"] for line in log), log[-1]["step"]
     columns = ""
     for line in log:

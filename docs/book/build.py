@@ -98,9 +98,9 @@ def build(seen: Observations) -> str:
     figures = {"when": f'<p class="when">{at([after(step) for step in steps])}</p>'}
     for section in SECTIONS:
         figures |= section.figures(seen)
-    prose = [Path(section.__file__).with_suffix(".html").read_text() for section in SECTIONS]
+    prose = [Path(section.__file__).with_suffix(".html").read_text("utf-8") for section in SECTIONS]
 
-    page = (HERE / "page.html").read_text().replace("<!--sections-->", "\n".join(prose))
+    page = (HERE / "page.html").read_text("utf-8").replace("<!--sections-->", "\n".join(prose))
     page = re.sub(r"^\$\$ ?([\d.]*)\n(.*?)^\$\$$", equation, page, flags=re.DOTALL | re.MULTILINE)
     page = re.sub(r"\$([^$]+)\$", lambda m: formula(m[1]), page)
     page = re.sub(r"<!--code (.+?)-->", lambda m: code_blocks(m[1]), page, flags=re.DOTALL)
@@ -113,9 +113,9 @@ def build(seen: Observations) -> str:
         "{ display: inline; }"
         for i in range(len(steps))
     ]
-    style = (HERE / "page.css").read_text() + "\n".join(shown)
+    style = (HERE / "page.css").read_text("utf-8") + "\n".join(shown)
     page = page.replace("/*css*/", style)
-    return page.replace("/*js*/", (HERE / "page.js").read_text())
+    return page.replace("/*js*/", (HERE / "page.js").read_text("utf-8"))
 
 
 def after(step: int) -> str:
