@@ -225,7 +225,7 @@ def test_a_loader_goes_on_where_it_was(workers):
 
 def test_a_stream_can_be_given_to_a_process_that_is_spawned():
     """As macOS and Windows start loader workers: by pickling all that they need."""
-    stream = make_stream(sources.ShapesWorld(30))
+    stream = make_stream(data.ShapesWorld(30))
     loader = data.DataLoader(
         stream, batch_size=None, num_workers=1, multiprocessing_context="spawn"
     )
@@ -235,7 +235,7 @@ def test_a_stream_can_be_given_to_a_process_that_is_spawned():
 
 def test_what_a_worker_says_can_be_sent():
     (answer,) = take(make_stream(Counted(10, bad=tuple(range(10)))), 1)
-    for said in (answer, sources.BadSample("corrupt image")):
+    for said in (answer, data.BadSample("corrupt image")):
         received = pickle.loads(pickle.dumps(said))
         assert type(received) is type(said) and str(received) == str(said)
 
@@ -262,7 +262,7 @@ def test_an_epoch_may_be_smaller_than_a_batch(readers):
 
 
 def test_a_stream_of_small_epochs_goes_on_where_a_batch_ended():
-    world = sources.ShapesWorld(5)
+    world = data.ShapesWorld(5)
     batches = take(make_stream(world, pairs=12), 5)
     reader, *offset = batches[1].position
     assert offset[0] > 3
@@ -320,7 +320,7 @@ def test_the_causes_are_those_of_the_pairs_that_are_counted():
         def read(self, index, rng):
             bad = super().read(index, rng)  # corrupt image
             if index % 4 == 0:
-                raise sources.BadSample("caption empty")
+                raise data.BadSample("caption empty")
             return bad
 
     bad = {i for i in range(4000) if i % 3 == 0}
