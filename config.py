@@ -292,9 +292,9 @@ def parse(description: str, *configs: type, presets: dict[str, dict] | None = No
 
 
 def given_options() -> set[str]:
-    """Names of the options that stand on the command line, no_ left out of --no-NAME."""
+    """The options that stand on the command line, --no-word-prompt as "no_word_prompt"."""
     flags = (word.split("=")[0] for word in sys.argv[1:] if word.startswith("--"))
-    return {flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in flags}
+    return {flag.removeprefix("--").replace("-", "_") for flag in flags}
 
 
 def check_ranges(config: Any) -> None:

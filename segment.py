@@ -243,9 +243,9 @@ def make_segmenter(words: Sequence[str], settings: MaskConfig, preset: str) -> S
     """A segmenter of words in any image: with a checkpoint by section 4.1, without one by the
     protocol of methods without training, in which the things that may surround the words are the
     background's. Raises UserError."""
+    check_method(settings)
     if settings.checkpoint is not None and settings.method not in ("code", "maskclip"):
         raise UserError(f"--method {settings.method} and --checkpoint: give one of them")
-    check_method(settings)
     clip, model = load_method(settings, choose_device(settings.device))
     if is_of_shapes(clip) != (preset == "shapes"):
         of_shapes = is_of_shapes(clip)
