@@ -230,7 +230,7 @@ def transformer_block(
     mask: True where a position may look, broadcast to (B, heads, N, N). at: the one position of
     every sequence whose output is wanted, (B,); then (B, 1, width), and the mask (B, heads, 1, N).
     The block's own forward pass is the same, but nn.MultiheadAttention copies more than it
-    computes: a training step takes a sixth longer with it (`experiments/bench.py`).
+    computes: a training step took a sixth longer with it.
     """
     q, k, v = heads(block, x, at)
     if at is not None:

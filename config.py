@@ -43,11 +43,11 @@ class ModelConfig:
     convs_per_block: int = option(
         1, "residual convolutions per block (TCL's own release: 2)", low=1
     )
-    text_layers: int = option(2, "text segmenter: learned residual attention blocks", low=0)
+    text_layers: int = 2  # text segmenter: learned residual attention blocks
     mask_scale: float = option(10.0, "start of w in the soft mask sigmoid(w s + b)")
     mask_bias: float = option(-2.5, "start of b in the soft mask sigmoid(w s + b)")
-    word_scale: float = option(10.0, "start of w in Eq. 3.2")
-    word_bias: float = option(0.0, "start of b in Eq. 3.2")
+    word_scale: float = 10.0  # start of w in Eq. 3.2
+    word_bias: float = 0.0  # start of b in Eq. 3.2
     co_decomposition: bool = option(
         True, "ablation C: decompose the text too and align (section 3.4)"
     )
@@ -79,9 +79,9 @@ class LossConfig:
     area: float = option(0.5, "in L_seg^v: area of the masks of an image's own nouns")
     area_prior: float = option(0.25, "share of the image that an own noun should cover")
     area_others: float = option(0.05, "in L_seg^v: area of the masks of all other nouns (prior 0)")
-    smooth_features: float = option(1.0, "in L_seg^v: total variation of the image embedding")
-    smooth_masks: float = option(1.0, "in L_seg^v: total variation of the soft masks")
-    none_weight: float = option(0.5, "in L_seg^t: weight of words that belong to no noun")
+    smooth_features: float = 1.0  # in L_seg^v: total variation of the image embedding
+    smooth_masks: float = 1.0  # in L_seg^v: total variation of the soft masks
+    none_weight: float = 0.5  # in L_seg^t: weight of words that belong to no noun
     pseudo_labels: str = option(
         "thesis", "in L_seg^t: 'thesis' (arg-max) or 'release' (noun tokens)"
     )
@@ -112,10 +112,8 @@ class TrainConfig:
     weight_decay: float = option(
         0.05, "AdamW; none on biases, LayerNorms, prompts and scalars", low=0
     )
-    max_grad_norm: float = option(5.0, "gradient clipping", low=1e-9)
-    min_crop: float = option(
-        0.9, "least share of the image that a random crop keeps", low=0.01, high=1
-    )
+    max_grad_norm: float = 5.0  # gradient clipping
+    min_crop: float = 0.9  # least share of the image that a random crop keeps
     seed: int = option(0, "everything random follows from it", low=0)
     device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
     precision: str = option(
@@ -262,8 +260,8 @@ def settle(model: ModelConfig, loss: LossConfig, given: Collection[str] = ()) ->
 def parse(description: str, *configs: type, presets: dict[str, dict] | None = None) -> tuple:
     """Turn dataclasses into a command line and return their instances.
 
-    Every field becomes an option of its name (`batch_size` -> --batch-size) with its explanation
-    in --help; a bool becomes --name / --no-name (no_name: --no-name alone). `presets` maps values
+    Every field with an `option` becomes one of its name (`batch_size` -> --batch-size) with its
+    explanation in --help; a bool becomes --name / --no-name (no_name: --no-name alone). `presets` maps values
     of --preset (or --dataset, whichever of the two exists) to other defaults, which the command
     line still overrides.
     Wrong options and values print one line on stderr and exit with 2.
@@ -282,7 +280,10 @@ def parse(description: str, *configs: type, presets: dict[str, dict] | None = No
         parser.set_defaults(**presets[chosen])
         arguments = vars(parser.parse_intermixed_args())
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
-    made = [config(**{f.name: values[f.name] for f in fields(config)}) for config in configs]
+    made = [
+        config(**{f.name: values[f.name] for f in fields(config) if f.name in values})
+        for config in configs
+    ]
     for config in made:
         try:
             check_ranges(config)
@@ -300,7 +301,7 @@ def given_options() -> set[str]:
 def check_ranges(config: Any) -> None:
     """Whether every number is finite and in its field's range. Raises UserError."""
     for f in fields(config):
-        low, high = f.metadata["low"], f.metadata["high"]
+        low, high = f.metadata.get("low"), f.metadata.get("high")
         value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{flag} {value}: must be a finite number")
@@ -317,6 +318,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _add_option(group: argparse._ArgumentGroup, f) -> None:
+    if "help" not in f.metadata:  # a constant that no one turns
+        return
     flag = "--" + f.name.replace("_", "-")
     kind, default, text = f.type, f.default, f.metadata["help"]
     shown = "" if default is None else f" [{default}]"

@@ -20,7 +20,7 @@ NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 # What the programs write, and what data of a reader's holds.
 NOT_HERE = {"last.pt", "best.pt", "config.json", "log.jsonl", "data/", "__MACOSX/"}
 NOT_HERE |= {"trainval_merged.json", "ImageSets/SegmentationContext/val.txt"}
-SCRIPTS = ("train", "evaluate", "segment")
+SCRIPTS = ("train", "evaluate", "training_free", "segment")
 
 
 def prose(page: Path) -> str:
