@@ -150,8 +150,9 @@ def test_real_pairs_and_where_they_have_moved(tmp_path):
         "nothing here",
     ]
     for i, caption in enumerate(captions):
-        Image.radial_gradient("L").convert("RGB").resize((640, 480)).save(pairs / f"{i}.jpg")
-        (pairs / f"{i}.txt").write_text(caption)
+        name = "caf\udce9" if i == 1 else str(i)  # not UTF-8, as old disks have names
+        Image.radial_gradient("L").convert("RGB").resize((640, 480)).save(pairs / f"{name}.jpg")
+        (pairs / f"{name}.txt").write_text(caption)
     (pairs / "5.jpg").write_bytes(b"broken")
     (pairs / "5.txt").write_text("a house with a garden")
     options = ("--clip", "shapes", "--context-init", "a photo of a", "--out", tmp_path / "out")
