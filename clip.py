@@ -232,10 +232,10 @@ def transformer_block(
     The block's own forward pass is the same, but nn.MultiheadAttention copies more than it
     computes: a training step took a sixth longer with it.
     """
-    q, k, v = heads(block, x, at)
+    q, k, v = split_heads(block, x, at)
     if at is not None:
         x = x[torch.arange(len(x), device=x.device), at][:, None]
-    x = x + merged(block, attend(q, k, v, mask))
+    x = x + merge_heads(block, attend(q, k, v, mask))
     return x + block.mlp(block.ln_2(x))
 
 
@@ -248,7 +248,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def heads(
+def split_heads(
     block: ResidualAttentionBlock, x: Tensor, at: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v of ln_1(x): (B, N, width) -> (B, heads, N, width / heads) each; q of one position
@@ -267,7 +267,7 @@ def heads(
     return tuple(z.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for z in (q, k, v))
 
 
-def merged(block: ResidualAttentionBlock, y: Tensor) -> Tensor:
+def merge_heads(block: ResidualAttentionBlock, y: Tensor) -> Tensor:
     """The block's output projection of all heads: (B, heads, N, width / heads) -> (B, N, width)."""
     return block.attn.out_proj(y.transpose(1, 2).flatten(2))
 
@@ -325,8 +325,8 @@ def image_embedding(clip: open_clip.CLIP, images: Tensor) -> Tensor:
 def maskclip(block: ResidualAttentionBlock, x: Tensor, grid: tuple[int, int]) -> Tensor:
     """A = 1: every token attends to itself alone; residual and MLP kept, as TCL does (MaskCLIP,
     Zhou et al., ECCV 2022). Token by token, so the class token may be missing."""
-    _, _, v = heads(block, x)
-    x = x + merged(block, v)
+    _, _, v = split_heads(block, x)
+    x = x + merge_heads(block, v)
     return x + block.mlp(block.ln_2(x))
 
 

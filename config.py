@@ -261,9 +261,9 @@ def parse(description: str, *configs: type, presets: dict[str, dict] | None = No
     """Turn dataclasses into a command line and return their instances.
 
     Every field with an `option` becomes one of its name (`batch_size` -> --batch-size) with its
-    explanation in --help; a bool becomes --name / --no-name (no_name: --no-name alone). `presets` maps values
-    of --preset (or --dataset, whichever of the two exists) to other defaults, which the command
-    line still overrides.
+    explanation in --help; a bool becomes --name / --no-name (no_name: --no-name alone). `presets`
+    maps values of --preset (or --dataset, whichever of the two exists) to other defaults, which
+    the command line still overrides.
     Wrong options and values print one line on stderr and exit with 2.
     """
     raw = argparse.RawDescriptionHelpFormatter

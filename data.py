@@ -351,7 +351,7 @@ def index_shard(path: str) -> Iterator[ShardItem | BadSample]:
     for of_key, sample in samples:
         image = next((suffix for suffix in IMAGE_SUFFIXES if suffix in sample), None)
         if image and ".txt" in sample:
-            found = [linked(sample[suffix], places) for suffix in (image, ".txt")]
+            found = [follow_links(sample[suffix], places) for suffix in (image, ".txt")]
             lost = BadSample("link to a file that is not in the shard")
             yield ShardItem(path, *found) if all(found) else lost
             continue
@@ -391,7 +391,7 @@ def tar_members(path: str) -> Iterator[tuple[int, tarfile.TarInfo]]:
             file.seek(-len(block), os.SEEK_CUR)
 
 
-def linked(
+def follow_links(
     place: tuple[int, int] | str | None, places: dict[str, tuple[int, int] | str | None]
 ) -> tuple[int, int] | None:
     """Where the data of a member is, through symbolic links; None if they lead nowhere."""
@@ -793,7 +793,7 @@ class PairStream(IterableDataset):
                     causes = Counts(cause for cause in recent if cause)
                     yield UserError(
                         f"{causes.total()} of the last {len(recent)} pairs could not be used "
-                        f"({listed(causes)}): is this the right data?"
+                        f"({list_counts(causes)}): is this the right data?"
                     )
                 if len(samples) == self.pairs:
                     batch = collate(*zip(*samples), self.context_length, self.with_released_labels)
@@ -807,7 +807,7 @@ class PairStream(IterableDataset):
                 )
             # A share is another one in every epoch: so many are about one pass over all the pairs.
             elif not usable and epochs >= readers:
-                yield UserError(f"a whole epoch gave 0 usable pairs ({listed(bad)})")
+                yield UserError(f"a whole epoch gave 0 usable pairs ({list_counts(bad)})")
             epoch, offset = epoch + 1, self.source.START
 
     def prepare(self, item, rng: np.random.Generator) -> tuple:
@@ -829,7 +829,7 @@ class PairStream(IterableDataset):
         return image, caption, nouns[: self.nouns], nouns[self.nouns :], templates
 
 
-def listed(counts: Counts) -> str:
+def list_counts(counts: Counts) -> str:
     return ", ".join(f"{count} {cause}" for cause, count in counts.most_common())
 
 

@@ -90,24 +90,24 @@ class Scores:
     background: Tensor | None = None  # (h, w): of the best of the background's own words
 
     def label_map(self, size: tuple[int, int], threshold: float) -> tuple[Tensor, Tensor]:
-        """The best score of every pixel and its label, (H, W) each, resized to an image's own size.
+        """The best score of every pixel and its label, (H, W) each, resize to an image's own size.
 
         Labels (int64): i is the i-th class; 0, the background, is where no score exceeds the
         threshold, or a word of the background scores best.
         """
         best = torch.zeros(size, device=self.classes.device)
         if self.background is not None:
-            best = resized(self.background[None, None], size)[0, 0]
+            best = resize(self.background[None, None], size)[0, 0]
         label = torch.zeros(size, dtype=torch.int64, device=best.device)
         # A few at a time: all classes at the image's own size could fill the memory.
         for start in range(0, len(self.classes), 16):
-            value, index = resized(self.classes[None, start : start + 16], size)[0].max(0)
+            value, index = resize(self.classes[None, start : start + 16], size)[0].max(0)
             label = torch.where(value > best, index + start + 1, label)
             best = torch.maximum(best, value)
         return best, torch.where(best > threshold, label, 0)
 
 
-def resized(x: Tensor, size: Sequence[int]) -> Tensor:
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinearly, with half-pixel centres: (B, N, h, w) -> (B, N, *size)."""
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
 
@@ -157,7 +157,7 @@ class Segmenter:
         size, scores = (image.height, image.width), self.scores(to_rgb(image))
         _, labels = scores.label_map(size, self.config.threshold)
         masks = torch.stack([labels == i + 1 for i in range(len(scores.classes))])
-        return masks, resized(scores.classes[None], size)[0]
+        return masks, resize(scores.classes[None], size)[0]
 
     def label_map(
         self, image: Image.Image, background: bool, size: tuple[int, int] | None = None
@@ -182,7 +182,7 @@ class Segmenter:
         config, sides = self.config, pixels.shape[-2:]
         scale = min(config.short_side / min(sides), config.long_side / max(sides))
         size = [max(1, int(side * scale + 0.5)) for side in sides]
-        x = resized(pixels, size)
+        x = resize(pixels, size)
         x = (x.round().clamp(0, 255) / 255 - self.mean) / self.std
 
         rows, columns = (window_starts(side, config.window, config.stride) for side in size)
@@ -214,7 +214,7 @@ class Segmenter:
         extra_h, extra_w = -height % self.patch, -width % self.patch
         top, left = extra_h // 2, extra_w // 2
         images = F.pad(images, (left, extra_w - left, top, extra_h - top))
-        masks = resized(self.masks_of_patches(images), images.shape[-2:])
+        masks = resize(self.masks_of_patches(images), images.shape[-2:])
         return masks[..., top : top + height, left : left + width]
 
     def masks_of_patches(self, images: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ class Segmenter:
                 dense = dense_embedding(self.clip, hidden, patches)
                 s = cosines("bpc,nc->bnp", dense, self.prior_embedding).unflatten(2, patches)
                 s = (config.prior_scale * (s - config.prior_bias)).sigmoid()
-                masks = prior = resized(s, grid)
+                masks = prior = resize(s, grid)
             if self.model is not None:
                 segmenter = self.model.image_segmenter
                 x_v = segmenter(hidden, size)

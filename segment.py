@@ -42,7 +42,7 @@ from config import (
     run_script,
 )
 from data import BadSample, nltk_tagger, read_image, select_nouns, shapes_tagger
-from evaluate import Segmenter, alternatives, load_method, read_names, resized
+from evaluate import Segmenter, alternatives, load_method, read_names, resize
 from model import CoDe, word_mask
 from support.device import choose_device
 from support.draw import (
@@ -194,7 +194,7 @@ def queries(words: Sequence[str], config: SegmentConfig, settings: MaskConfig) -
         raise UserError(f"{given[0]} and {given[1]}: give one of them")
     if settings.names is not None:
         lines = read_names(settings.names)
-        first = [called(line).lower() for line in lines]
+        first = [first_name(line).lower() for line in lines]
         if twice := next((name for name in first if first.count(name) > 1), None):
             raise UserError(f"--names {settings.names}: two lines begin with {twice!r}")
         return lines
@@ -212,7 +212,7 @@ def queries(words: Sequence[str], config: SegmentConfig, settings: MaskConfig) -
     return nouns
 
 
-def called(line: str) -> str:
+def first_name(line: str) -> str:
     """What a query is called: the first of its alternatives."""
     return line.split(",")[0].strip()
 
@@ -305,7 +305,7 @@ def figure_of(
     return below(*rows)
 
 
-def shares(result: Result, names: Sequence[str]) -> dict:
+def measure_shares(result: Result, names: Sequence[str]) -> dict:
     """Share of the image that each query takes, and the mean mask inside its region."""
     found = {}
     for i, name in enumerate(names, start=1):
@@ -353,7 +353,7 @@ def main() -> None:
     asked = settings.names and printable(settings.names)
     asked = asked or f"{len(names)} quer{'y' if len(names) == 1 else 'ies'}"
     print(segmenter.description(asked), flush=True)
-    names = [called(line) for line in names]
+    names = [first_name(line) for line in names]
     flat_palette = [0, 0, 0, *(value for colour in palette(len(names)) for value in colour)]
 
     out, taken, found, items, bad = Path(config.out), set(), {}, [], 0
@@ -372,7 +372,7 @@ def main() -> None:
             save_png(indexed(result.labels, flat_palette), out / f"{name}.labels.png")
             if config.show_scores:
                 for i, score in enumerate(scores.classes, start=1):
-                    score = resized(score[None, None], size)[0, 0].cpu().numpy()
+                    score = resize(score[None, None], size)[0, 0].cpu().numpy()
                     save_png(heat(image, score), out / f"{name}.score-{i}.png")
         except (BadSample, UserError, OSError) as cause:
             unread = isinstance(cause, BadSample) and path.suffix.lower() not in readable_suffixes()
@@ -381,7 +381,7 @@ def main() -> None:
             bad += 1
             continue
         taken.add(name.lower())
-        found[str(path)] = shares(result, names)
+        found[str(path)] = measure_shares(result, names)
         if config.html:
             _, likeliest = scores.label_map(size, -torch.inf)  # the page has a threshold to move
             index, shown = likeliest.cpu().numpy() - 1, max(threshold, 0.0)

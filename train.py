@@ -35,7 +35,7 @@ from config import (
 )
 from data import Batch, PairStream, make_loader, nltk_tagger, open_source, shapes_tagger
 from datasets import load_benchmark
-from evaluate import Segmenter, benchmark_words, evaluate
+from evaluate import Segmenter, benchmark_words, check_world, evaluate
 from losses import code_loss
 from model import CoDe
 from support.device import (
@@ -110,6 +110,8 @@ def evaluate_model(model: CoDe, config: TrainConfig) -> float:
     words = benchmark_words(benchmark, settings)
     metrics = evaluate(Segmenter(model.clip, model, words, settings), benchmark, limited)
     model.train()
+    if metrics["mIoU"] is None:
+        raise UserError(f"--eval-dataset {config.eval_dataset}: no pixel is labelled")
     return metrics["mIoU"]
 
 
@@ -162,6 +164,8 @@ def main() -> None:
     with first_process_first():  # which fetches NLTK's data and CLIP's weights
         tagger = shapes_tagger() if config.preset == "shapes" else nltk_tagger()
         clip = load_clip(model_config.clip, model_config.clip_weights)
+    if config.eval_dataset:
+        check_world(clip, [config.eval_dataset], f"--clip {model_config.clip}")
 
     model = CoDe(clip, model_config).to(device)
     parts = (make_optimizer(model, config), make_scaler(device, precision))

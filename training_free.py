@@ -28,9 +28,9 @@ from clip import (
     IMAGENET_TEMPLATES,
     cosines,
     dense_embedding,
-    heads,
     maskclip,
-    merged,
+    merge_heads,
+    split_heads,
     visual_hidden,
 )
 from config import (
@@ -51,7 +51,7 @@ from evaluate import (
     evaluate_all,
     load_benchmarks,
     load_method,
-    resized,
+    resize,
     words_of,
 )
 from model import CoDe
@@ -71,16 +71,16 @@ from support.distributed import (
 def sclip(block: ResidualAttentionBlock, x: Tensor, grid: tuple[int, int]) -> Tensor:
     """A = softmax(s q q^T) + softmax(s k k^T), s = 1 / sqrt(d); residual and MLP kept (SCLIP, Wang
     et al., ECCV 2024)."""
-    q, k, v = heads(block, x)
+    q, k, v = split_heads(block, x)
     attention = F.scaled_dot_product_attention
-    x = x + merged(block, attention(q, q, v) + attention(k, k, v))
+    x = x + merge_heads(block, attention(q, q, v) + attention(k, k, v))
     return x + block.mlp(block.ln_2(x))
 
 
 def clearclip(block: ResidualAttentionBlock, x: Tensor, grid: tuple[int, int]) -> Tensor:
     """A = softmax(s q q^T), neither residual nor MLP (ClearCLIP, Lan et al., ECCV 2024)."""
-    q, _, v = heads(block, x)
-    return merged(block, F.scaled_dot_product_attention(q, q, v))
+    q, _, v = split_heads(block, x)
+    return merge_heads(block, F.scaled_dot_product_attention(q, q, v))
 
 
 def naclip(block: ResidualAttentionBlock, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -88,8 +88,8 @@ def naclip(block: ResidualAttentionBlock, x: Tensor, grid: tuple[int, int]) -> T
 
     w_pq = exp(-|p - q|^2 / (2 * 5^2)) of patches p, q of the grid, 0 with the class token.
     """
-    _, k, v = heads(block, x)
-    return merged(block, F.scaled_dot_product_attention(k, k, v, attn_mask=nearness(grid, k)))
+    _, k, v = split_heads(block, x)
+    return merge_heads(block, F.scaled_dot_product_attention(k, k, v, attn_mask=nearness(grid, k)))
 
 
 def nearness(grid: tuple[int, int], like: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class TrainingFree(Segmenter):
         cosine, config = self.slide(pixels), self.config
         scale = min(1.0, config.long_side / max(pixels.shape[-2:]))
         size = [max(1, round(side * scale)) for side in pixels.shape[-2:]]
-        cosine = resized(cosine[None], size)
+        cosine = resize(cosine[None], size)
         if config.pamr:
             cosine = pamr(pixels, cosine, dilations=config.pamr_dilations)
         return self.by_class((config.softmax_scale * cosine[0]).softmax(0))
@@ -184,7 +184,7 @@ class TrainingFree(Segmenter):
                 return prior
             x_v = self.model.image_segmenter(hidden, tuple(images.shape[-2:]))
             masks = cosines("bhwc,nc->bnhw", x_v, self.class_embedding)
-        prior = resized(prior, masks.shape[-2:])
+        prior = resize(prior, masks.shape[-2:])
         return (1 - config.prior_weight) * masks + config.prior_weight * prior
 
 

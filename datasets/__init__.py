@@ -212,7 +212,7 @@ def missing_files(paths: Iterable[Path]) -> list[Path]:
     return missing
 
 
-def listed(split: Path, images: Path, labels: Path) -> list[tuple[Path, Path]]:
+def read_split(split: Path, images: Path, labels: Path) -> list[tuple[Path, Path]]:
     """Image (.jpg) and label (.png) files of the stems in a split file, one a line."""
     try:
         lines = split.read_text("utf-8-sig").split("\n")

@@ -22,11 +22,11 @@ from datasets import (
     Benchmark,
     check_size,
     from_files,
-    listed,
     lookup,
     missing_files,
     need,
     read_image,
+    read_split,
     reason,
     voc,
 )
@@ -80,7 +80,7 @@ def read(root: str, name: str, class_names: tuple, background: bool, table, **mo
     merged = folder / "trainval_merged.json"
     if labels.exists() and split.exists() or not merged.exists():
         need(labels, root, TREE, SOURCE)
-        files = listed(need(split, root, TREE, SOURCE), images, labels)
+        files = read_split(need(split, root, TREE, SOURCE), images, labels)
 
         def seems_here(maps: dict[str, set[int]]) -> str:
             return seems(maps, folder / "Annotations")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from datasets import IGNORED, Benchmark, from_files, listed, lookup, need
+from datasets import IGNORED, Benchmark, from_files, lookup, need, read_split
 
 TREE = "VOCdevkit/VOC2012/{JPEGImages/*.jpg,SegmentationClass/*.png,ImageSets/Segmentation/val.txt}"
 SOURCE = "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/ (VOCtrainval_11-May-2012.tar)"
@@ -21,7 +21,7 @@ def files(root: str) -> list[tuple[Path, Path]]:
         need(folder / part, root, TREE, SOURCE)
         for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation/val.txt")
     )
-    return listed(split, images, labels)
+    return read_split(split, images, labels)
 
 
 def load(root: str) -> Benchmark:

@@ -92,7 +92,7 @@ def sheet(segmenters: dict[str, Segmenter], rows: int) -> Image.Image:
     return below(grid, legend(list(by_noun), colours, grid.width))
 
 
-def explored(code: Segmenter, benchmark: Benchmark, i: int) -> dict:
+def explore(code: Segmenter, benchmark: Benchmark, i: int) -> dict:
     """What the page shows of a scene: its caption's nouns, their regions and words."""
     caption = shapes.scene("test", i).caption
     nouns = select_nouns(caption, shapes_tagger())
@@ -124,7 +124,7 @@ def main() -> None:
     }
     save_png(sheet(segmenters, config.rows), out / "sheet.png")
     code = segmenters["CoDe"]
-    scenes = [explored(code, benchmark, i) for i in range(config.rows)]
+    scenes = [explore(code, benchmark, i) for i in range(config.rows)]
     write_page(scenes, out / "page.html")
     for i in range(config.rows):
         save_png(benchmark.image(i), out / "scenes" / f"{i}.png")

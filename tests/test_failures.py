@@ -163,14 +163,27 @@ def test_too_little_memory(tmp_path):
 
 
 def test_a_bad_label_of_an_evaluation(tmp_path):
+    """Damaged after the start: labels that are damaged before are noticed at once."""
     voc = tmp_path / "data/VOCdevkit/VOC2012"
     for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (voc / name).mkdir(parents=True)
     Image.new("RGB", (64, 48)).save(voc / "JPEGImages/0.jpg")
-    (voc / "SegmentationClass/0.png").write_text("no PNG")
+    Image.new("L", (64, 48), 1).save(voc / "SegmentationClass/0.png")
     (voc / "ImageSets/Segmentation/val.txt").write_text("0\n")
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    for i in range(4):
+        Image.new("RGB", (40, 40), (60 * i, 0, 0)).save(pairs / f"{i}.png")
+        (pairs / f"{i}.txt").write_text("a man and a horse")
+
+    def damage(out: Path) -> None:
+        first_line(out)
+        (voc / "SegmentationClass/0.png").write_text("no PNG")
+
+    options = (*own(pairs), "--clip", "ViT-S-32-alt", "--clip-weights", "none", "--workers", "1")
+    options += ("--batch-size", "2", "--steps", "40", "--eval-every", "20")
+    options += ("--eval-dataset", "voc", "--eval-root", tmp_path / "data")
     out = tmp_path / "out"
-    evaluation = ("--eval-dataset", "voc", "--eval-root", tmp_path / "data", "--eval-every", "2")
-    code, said, _ = fail(out, "--workers", "1", "--steps", "4", *evaluation)
+    code, said, seconds = fail(out, *options, when=damage)
     assert code == 2 and "SegmentationClass/0.png cannot be read" in said
-    assert read_checkpoint(out / "last.pt")["step"] == 2  # saved before it was evaluated
+    assert read_checkpoint(out / "last.pt")["step"] == 20  # saved before it was evaluated

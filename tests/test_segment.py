@@ -26,8 +26,8 @@ from segment import (
     images_and_words,
     load_segmenter,
     main,
+    measure_shares,
     name_of_output,
-    shares,
     surroundings,
     word_masks,
 )
@@ -448,7 +448,7 @@ def test_word_masks_are_eq_3_3_for_every_word(world):
 def test_score_of_an_absent_word():
     labels = np.array([[0, 1], [1, 1]])
     result = Result("x", Image.new("RGB", (2, 2)), np.array([[0.1, 0.5], [0.6, 0.7]]), labels)
-    found = shares(result, ["here", "absent"])
+    found = measure_shares(result, ["here", "absent"])
     assert found["here"] == {"share": 0.75, "score": pytest.approx(0.6)}
     assert found["absent"] == {"share": 0.0, "score": None}
 
