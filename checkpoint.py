@@ -124,7 +124,8 @@ def load_learned(model: CoDe, state: dict[str, torch.Tensor], path: str | Path) 
 class Run:
     """A training run: what it consists of, its options, and how far it is.
 
-    There is no random state among it: all that is random follows from the seed and the step.
+    There is no random state among it: a step's noise follows from the seed and the step, a pair's
+    nouns and crop from the seed, the epoch, the reader and the offset.
     """
 
     model: CoDe
@@ -140,14 +141,14 @@ class Run:
     data: int = 0  # checksum of the file names of its data, wherever these lie
 
     def follow(self, position: tuple[int, ...]) -> None:
-        """Note where the reader of a batch now is, and whose turn is next."""
+        """Note where the reader was behind this batch (it reads ahead), and whose turn is next."""
         reader, *offset = position
         self.offsets[reader] = tuple(offset)
         self.next_worker = (self.next_worker + 1) % max(1, self.config.workers)
 
 
 PROGRESS = ("step", "best", "next_worker", "data")
-# Options that may differ when a run goes on: none of them changes what is learned.
+# Options that may differ when a run goes on. With other `workers` the next epoch begins.
 FREE = (
     *("out", "device", "workers", "timeout", "resume", "log_every", "checkpoint_every"),
     "keep_steps",

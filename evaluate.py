@@ -84,7 +84,7 @@ from support.files import printable, refuse_folder, save_text
 
 @dataclass
 class Scores:
-    """What every pixel scores, at the size that the windows see."""
+    """What every pixel scores, at the size that `Segmenter.scores` works at."""
 
     classes: Tensor  # (N, h, w): of the best of each class's words
     background: Tensor | None = None  # (h, w): of the best of the background's own words
@@ -192,7 +192,7 @@ class Segmenter:
             for top in rows:
                 for left in columns:
                     here = ..., slice(top, top + config.window), slice(left, left + config.window)
-                    total[here] += self.masks(x[here])
+                    total[here] += self.window_scores(x[here])
                     count[here] += 1
             return (total / count)[0]
 
@@ -204,7 +204,7 @@ class Segmenter:
         return Scores(best)
 
     @torch.no_grad()
-    def masks(self, images: Tensor) -> Tensor:
+    def window_scores(self, images: Tensor) -> Tensor:
         """Scores of normalised images, a window each: (B, 3, H, W) -> (B, words, H, W).
 
         Sizes that are no multiple of the patch are padded with zeros on all sides (the odd pixel
@@ -214,10 +214,10 @@ class Segmenter:
         extra_h, extra_w = -height % self.patch, -width % self.patch
         top, left = extra_h // 2, extra_w // 2
         images = F.pad(images, (left, extra_w - left, top, extra_h - top))
-        masks = resize(self.masks_of_patches(images), images.shape[-2:])
+        masks = resize(self.patch_scores(images), images.shape[-2:])
         return masks[..., top : top + height, left : left + width]
 
-    def masks_of_patches(self, images: Tensor) -> Tensor:
+    def patch_scores(self, images: Tensor) -> Tensor:
         """Soft masks of images that whole patches fill, on the mask grid: in [0, 1].
 
         The mask branch, refined, mixed with the frozen prior branch.

@@ -3,10 +3,12 @@
 What travels between processes. Every process decomposes its own b pairs; the losses compare all
 with all. So `gather` joins what Eq. 3.8 needs of every process, with gradients: embeddings of all B
 triplets, and small statistics of each image and caption. Every process then computes the same L.
-Its gradient in one process is the part that goes through that process's own pairs; the sum over
-processes is the gradient of one process with all the pairs, and dividing by their number, which
-`gather`'s backward pass (a sum) and DistributedDataParallel (a mean) do together, gives just that.
-K processes with b pairs each so train as one with K b pairs (`tests/test_parallel.py`).
+`gather`'s backward pass sums over the K processes, so that a process gets K times the gradient that
+goes through its own pairs; DistributedDataParallel's mean takes the K away and adds the parts.
+What acts behind `gather` (the temperatures) has its whole gradient in every process, and the mean
+keeps it. K processes with b pairs each so train as one with the same K b pairs
+(`tests/test_parallel.py`); the noise of the hard masks is drawn for the global batch as well
+(`train.logistic_noise`).
 
 Shapes: b pairs with J nouns each in this process, N pairs in the global batch, B = J N triplets
 (image, text, noun) in the thesis's sense, in the order: first noun of all pairs, then the second.

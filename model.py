@@ -3,8 +3,9 @@
 The network knows nothing of processes, files or devices: it decomposes the b pairs it is given.
 
 Shapes: b pairs with J nouns each. What belongs to a triplet (image, text, noun) is (J, b, ...): the
-first noun of all pairs, then the second. C: CLIP's embedding width, C_t: its text width; H x W:
-mask grid; S: side of an image; L: text positions, SOS and EOT included.
+first noun of all pairs, then the second. C: CLIP's embedding width; C_t: its text width, which
+`load_clip` wants to be C; H x W: mask grid; S: side of an image; L: text positions, among them SOS
+and EOT.
 """
 
 import copy
@@ -116,7 +117,7 @@ def hard_mask(logits: Tensor, noise: Tensor | None) -> Tensor:
     """M^v for training: Gumbel-sigmoid at temperature 1 with a straight-through gradient.
 
     The value is 1 where sigmoid(logits + noise) > 0.5 and 0 elsewhere; the gradient is the
-    sigmoid's. noise: logistic noise of the logits' shape, or None for the bare soft mask.
+    sigmoid's. noise: logistic noise of the logits' shape; None: the logits alone decide.
     """
     soft = torch.sigmoid(logits if noise is None else logits + noise)
     hard = (soft > 0.5).to(soft.dtype)
@@ -279,7 +280,7 @@ class CoDe(nn.Module):
     def forward(self, batch, noise: Tensor | None = None) -> Decomposition:
         """Decompose b pairs (a `data.Batch`) into regions and word segments.
 
-        noise: logistic, for the hard masks (J, b, H, W); None: the bare soft mask decides.
+        noise: logistic, for the hard masks (J, b, H, W); None: the logits alone decide.
         """
         clip, images = self.clip, batch.images  # (b, 3, S, S)
         with torch.no_grad():  # what only the frozen CLIP has to say

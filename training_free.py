@@ -1,8 +1,9 @@
 """Segmentation without any training: CLIP's last visual block changed, by a protocol of its own.
 
-MaskCLIP is the thesis's prior branch (`clip.maskclip`); SCLIP, ClearCLIP and NACLIP came later.
-They publish by another protocol than section 4.1's, which the second half of this file is; its
-metrics and those of `evaluate.py` are no comparison: the words alone may move VOC by ten points.
+MaskCLIP is the prior branch that TCL and the released program mix in (`clip.maskclip`); SCLIP,
+ClearCLIP and NACLIP came later. They publish by another protocol than section 4.1's, which the
+second half of this file is. Its metrics and those of `evaluate.py` are no comparison: the words
+alone may move VOC by ten points.
 
 Examples:
     python training_free.py --dataset voc                        # NACLIP
@@ -112,7 +113,10 @@ NAMES = Path(__file__).parent / "datasets" / "names_training_free.json"
 
 @dataclass
 class TrainingFreeConfig(MaskConfig):
-    """How these methods make masks of words. CoDe is evaluated by their protocol too."""
+    """How these methods make masks of words. CoDe is evaluated by their protocol too.
+
+    `prior_scale` and `prior_bias` have no effect: cosines are mixed as they are.
+    """
 
     method: str = option(
         "naclip", "'maskclip', 'sclip', 'clearclip', 'naclip', or 'code' with --checkpoint"
@@ -171,7 +175,7 @@ class TrainingFree(Segmenter):
             cosine = pamr(pixels, cosine, dilations=config.pamr_dilations)
         return self.by_class((config.softmax_scale * cosine[0]).softmax(0))
 
-    def masks_of_patches(self, images: Tensor) -> Tensor:
+    def patch_scores(self, images: Tensor) -> Tensor:
         """Cosines of patches with the words; of CoDe's cells, on the mask grid."""
         patches = tuple(side // self.patch for side in images.shape[-2:])
         config = self.config

@@ -113,7 +113,7 @@ def test_evaluation_of_a_training_checkpoint(last):
     model = load_model(last, CPU)
     segmenter = Segmenter(model.clip, model, ["kite", "ball"], MaskConfig())
     assert segmenter.class_embedding.shape == (2, 64)
-    assert segmenter.masks(torch.randn(1, 3, 64, 64)).shape == (1, 2, 64, 64)
+    assert segmenter.window_scores(torch.randn(1, 3, 64, 64)).shape == (1, 2, 64, 64)
 
 
 def clip_file(path: Path, seed: int) -> Path:

@@ -76,7 +76,7 @@ def test_overlapping_windows_are_averaged():
     config = MaskConfig(short_side=8, window=8, stride=4)
     segmenter = Segmenter(random_clip(), None, ["kite"], config)
     ramp = torch.arange(8.0).expand(1, 1, 8, 8)
-    segmenter.masks = lambda images: ramp
+    segmenter.window_scores = lambda images: ramp
     scores = segmenter.scores(Image.new("RGB", (12, 8)))
     want = [0, 1, 2, 3, (4 + 0) / 2, (5 + 1) / 2, (6 + 2) / 2, (7 + 3) / 2, 4, 5, 6, 7]
     np.testing.assert_allclose(scores.classes[0, 0], want)
@@ -93,11 +93,11 @@ def test_sides_are_rounded_and_the_long_one_is_limited():
 def test_odd_sizes_are_padded_and_cut_back():
     segmenter = Segmenter(random_clip(), random_model(), ["kite", "bug"], MaskConfig(pamr=False))
     image = torch.randn(1, 3, 35, 30)
-    masks = segmenter.masks(image)
+    masks = segmenter.window_scores(image)
     assert masks.shape == (1, 2, 35, 30)
     padded = torch.zeros(1, 3, 40, 32)
     padded[..., 2:37, 1:31] = image
-    assert torch.allclose(segmenter.masks(padded)[..., 2:37, 1:31], masks, atol=1e-6)
+    assert torch.allclose(segmenter.window_scores(padded)[..., 2:37, 1:31], masks, atol=1e-6)
 
 
 def test_background_is_where_no_class_exceeds_the_threshold():

@@ -49,13 +49,13 @@ def test_masks_of_bfloat16_move_in_small_steps():
     model = random_model()
     config = MaskConfig(pamr=False, prior_weight=0.0, precision="bfloat16")
     segmenter = Segmenter(model.clip, model, ["kite"], config)
-    masks = segmenter.masks(torch.randn(1, 3, 64, 64))
+    masks = segmenter.window_scores(torch.randn(1, 3, 64, 64))
     assert masks.dtype == torch.float32
     assert len(masks.unique()) > 1000  # of 4,096; in bfloat16 128 at most
     full = Segmenter(model.clip, model, ["kite"], replace(config, precision="float32"))
     torch.manual_seed(0)
     image = torch.randn(1, 3, 64, 64)
-    assert torch.allclose(segmenter.masks(image), full.masks(image), atol=0.02)
+    assert torch.allclose(segmenter.window_scores(image), full.window_scores(image), atol=0.02)
 
 
 def test_precisions_by_name():

@@ -135,7 +135,7 @@ def test_voc_is_taken_whole_by_naclip_alone(method, size, count):
         seen.append(images.shape[-2:])
         return torch.rand(1, len(segmenter.prior_embedding), *images.shape[-2:])
 
-    segmenter.masks = masks
+    segmenter.window_scores = masks
     segmenter.scores(Image.new("RGB", (500, 375)))
     assert seen == [size] * count
 

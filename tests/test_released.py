@@ -62,7 +62,7 @@ def test_features_and_masks(name):
             config = MaskConfig(pamr=bool(refine), prior_weight=prior)
             segmenter = Segmenter(model.clip, model, facts["classes"], config)
             for i in range(len(facts["shapes"])):
-                masks = segmenter.masks(torch.tensor(expected[f"image{i}"]))
+                masks = segmenter.window_scores(torch.tensor(expected[f"image{i}"]))
                 want = expected[f"masks{i}_pamr{refine}_kp{prior}"]
                 np.testing.assert_allclose(masks, want, atol=1e-5, rtol=0)
     for i in range(len(facts["shapes"])):
