@@ -188,6 +188,11 @@ def resume_run(run: Run, path: str | Path) -> None:
     content = read_checkpoint(path)
     if "step" not in content:
         raise UserError(f"--resume: {path} is a model, not a run that can go on")
+    if missing := {*PROGRESS, "offsets"} - content.keys():
+        raise UserError(
+            f"--resume: {path} is of another version of this program (it has no "
+            f"{', '.join(sorted(missing))})"
+        )
     given = {
         "train_config": run.config,
         "model_config": run.model.config,

@@ -1,7 +1,8 @@
 """What the thesis takes for granted of CLIP: E^v, E^t, and dense features. Nothing here is learned.
 
 Every function takes an `open_clip.CLIP` with a plain ViT, be it the tiny one of the shapes world
-or ViT-B/16. Shapes: B images or texts, L text positions, h x w patches, C the embedding width.
+or ViT-B/16. Shapes: B images or texts (in chapter 3 it counts triplets), L text positions, h x w
+patches, C the embedding width.
 """
 
 import contextlib
@@ -58,9 +59,10 @@ def load_clip(name: str, weights: str = "openai") -> open_clip.CLIP:
 
     name: an open_clip architecture with a plain ViT, or "shapes" for the shapes world's own.
     weights: an open_clip tag, a local file (of safetensors, torch.save, or OpenAI's own), or "none"
-    for random weights. Of "shapes" "openai" is the file that comes with it.
-    Raises UserError for an unknown name, another architecture, weights that cannot be had, and
-    weights that were trained with another activation, before anything is downloaded.
+    for random weights. For "shapes", "openai" means the file that comes with it.
+    Raises UserError for an unknown name and for a tag trained with another activation, both before
+    anything is downloaded; for another architecture, and for weights that cannot be had or do not
+    fit.
     """
     if name == "shapes":
         clip = _load_shapes_clip(SHAPES_WEIGHTS if weights == "openai" else weights)
@@ -75,7 +77,7 @@ def load_clip(name: str, weights: str = "openai") -> open_clip.CLIP:
         and isinstance(visual.transformer.resblocks[0], ResidualAttentionBlock)
         and isinstance(visual.transformer.resblocks[0].ls_1, nn.Identity)  # no LayerScale
         and clip.text_pool_type == "argmax"
-        and clip.text_projection.shape[0] == clip.text_projection.shape[1]
+        and clip.text_projection.shape[0] == clip.text_projection.shape[1]  # x^t meets n_j
     )
     if not plain:
         raise UserError(
@@ -229,8 +231,8 @@ def transformer_block(
 
     mask: True where a position may look, broadcast to (B, heads, N, N). at: the one position of
     every sequence whose output is wanted, (B,); then (B, 1, width), and the mask (B, heads, 1, N).
-    The block's own forward pass is the same, but nn.MultiheadAttention copies more than it
-    computes: a training step took a sixth longer with it.
+    The block's own forward pass is the same, but nn.MultiheadAttention makes copies that
+    nothing needs: a training step took a sixth longer with it.
     """
     q, k, v = split_heads(block, x, at)
     if at is not None:
@@ -258,9 +260,9 @@ def split_heads(
         qkv = F.linear(y, attention.in_proj_weight, attention.in_proj_bias)
         q, k, v = qkv.chunk(3, dim=-1)
     else:
-        width = [y.shape[-1], 2 * y.shape[-1]]
+        sizes = [y.shape[-1], 2 * y.shape[-1]]  # of q, and of k and v together
         (w_q, w_kv), (b_q, b_kv) = (
-            p.split(width) for p in (attention.in_proj_weight, attention.in_proj_bias)
+            p.split(sizes) for p in (attention.in_proj_weight, attention.in_proj_bias)
         )
         q = F.linear(y[torch.arange(len(y), device=y.device), at][:, None], w_q, b_q)
         k, v = F.linear(y, w_kv, b_kv).chunk(2, dim=-1)
@@ -324,7 +326,8 @@ def image_embedding(clip: open_clip.CLIP, images: Tensor) -> Tensor:
 
 def maskclip(block: ResidualAttentionBlock, x: Tensor, grid: tuple[int, int]) -> Tensor:
     """A = 1: every token attends to itself alone; residual and MLP kept, as TCL does (MaskCLIP,
-    Zhou et al., ECCV 2022). Token by token, so the class token may be missing."""
+    Zhou et al., ECCV 2022). Token by token, so the class token may be missing.
+    grid: for the signature of `training_free.DENSE` alone."""
     _, _, v = split_heads(block, x)
     x = x + merge_heads(block, v)
     return x + block.mlp(block.ln_2(x))

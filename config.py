@@ -294,7 +294,9 @@ def parse(description: str, *configs: type, presets: dict[str, dict] | None = No
 
 def given_options() -> set[str]:
     """The options that stand on the command line, --no-word-prompt as "no_word_prompt"."""
-    flags = (word.split("=")[0] for word in sys.argv[1:] if word.startswith("--"))
+    words = sys.argv[1:]
+    words = words[: words.index("--")] if "--" in words else words
+    flags = (word.split("=")[0] for word in words if word.startswith("--"))
     return {flag.removeprefix("--").replace("-", "_") for flag in flags}
 
 

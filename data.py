@@ -214,8 +214,7 @@ class Shards:
         few = len(order) < readers  # then every reader takes its share of every shard
         shards = order if few else order[reader::readers]
         one_of = (reader, readers) if few else (0, 1)
-        # A checkpoint of an earlier version counted samples: that epoch is read again.
-        shard, first = offset if len(offset) == 2 else self.START
+        shard, first = offset
         for number in range(shard, len(shards)):
             samples = list(index_shard(self.paths[shards[number]]))
             for after, i in share(len(samples), (seed, epoch, number), *one_of, first):

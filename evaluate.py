@@ -46,6 +46,7 @@ from config import (
     ModelConfig,
     TrainConfig,
     UserError,
+    given_options,
     parse,
     run_script,
 )
@@ -90,10 +91,10 @@ class Scores:
     background: Tensor | None = None  # (h, w): of the best of the background's own words
 
     def label_map(self, size: tuple[int, int], threshold: float) -> tuple[Tensor, Tensor]:
-        """The best score of every pixel and its label, (H, W) each, resize to an image's own size.
+        """The best score of every pixel and its label, (H, W) each, at an image's own size.
 
-        Labels (int64): i is the i-th class; 0, the background, is where no score exceeds the
-        threshold, or a word of the background scores best.
+        Labels (int64): i + 1 for classes[i]; 0, the background, where no score exceeds the
+        threshold or a word of the background scores best.
         """
         best = torch.zeros(size, device=self.classes.device)
         if self.background is not None:
@@ -116,15 +117,19 @@ class Segmenter:
     """Section 4.1: masks of N words in any image; what depends on the words alone is computed once.
 
     model: a trained CoDe, or None for the frozen prior branch alone (MaskCLIP).
-    words: what is looked for; of alternatives, separated by commas, the best counts. So do those
-    in `config.background_words`, which compete for what is background.
+    words: a line for each class; of alternatives in it, separated by commas, the best counts.
+    `config.background_words` is such a line for the background.
     """
 
-    protocol, templates = "thesis", PRIOR_TEMPLATES
+    protocol, templates, usual_names = "thesis", PRIOR_TEMPLATES, "class names"
 
     def __init__(
         self, clip: open_clip.CLIP, model: CoDe | None, words: Sequence[str], config: MaskConfig
     ):
+        if config.stride > config.window:
+            raise UserError(
+                f"--stride {config.stride} beyond --window {config.window}: gaps would stay"
+            )
         self.clip, self.model, self.config = clip, model, config
         self.device = clip.text_projection.device
         self.precision = choose_precision(config.precision, self.device)
@@ -167,11 +172,16 @@ class Segmenter:
         size = size or (image.height, image.width)
         if background:
             return self.scores(image).label_map(size, self.config.threshold)[1]
-        return self.scores(image).label_map(size, -torch.inf)[1] - 1
+        return self.scores(image).label_map(size, -torch.inf)[1].clamp(min=1) - 1
 
     def scores(self, image: Image.Image) -> Scores:
-        """Scores of a whole RGB image, averaged over sliding windows."""
-        return self.by_class(self.slide(self.pixels(image)))
+        """Scores of a whole RGB image, averaged over sliding windows. Raises UserError."""
+        with enough_memory("use --no-pamr, fewer words, or a smaller --long-side"):
+            return self.by_class(self.word_scores(self.pixels(image)))
+
+    def word_scores(self, pixels: Tensor) -> Tensor:
+        """Of every word, at the size that the windows see: (1, 3, H, W) -> (words, h, w)."""
+        return self.slide(pixels)
 
     def pixels(self, image: Image.Image) -> Tensor:
         """(1, 3, H, W) in [0, 255]."""
@@ -186,15 +196,14 @@ class Segmenter:
         x = (x.round().clamp(0, 255) / 255 - self.mean) / self.std
 
         rows, columns = (window_starts(side, config.window, config.stride) for side in size)
-        with enough_memory("use --no-pamr, fewer words, or a smaller --long-side"):
-            total = torch.zeros(1, sum(self.counts), *size, device=self.device)
-            count = torch.zeros(size, device=self.device)
-            for top in rows:
-                for left in columns:
-                    here = ..., slice(top, top + config.window), slice(left, left + config.window)
-                    total[here] += self.window_scores(x[here])
-                    count[here] += 1
-            return (total / count)[0]
+        total = torch.zeros(1, sum(self.counts), *size, device=self.device)
+        count = torch.zeros(size, device=self.device)
+        for top in rows:
+            for left in columns:
+                here = ..., slice(top, top + config.window), slice(left, left + config.window)
+                total[here] += self.window_scores(x[here])
+                count[here] += 1
+        return (total / count)[0]
 
     def by_class(self, scores: Tensor) -> Scores:
         """Of words to classes: the best of each one's alternatives. (words, h, w)."""
@@ -243,8 +252,12 @@ class Segmenter:
             masks = (1 - config.prior_weight) * masks + config.prior_weight * prior
         return masks
 
-    def description(self, names: str = "class names") -> str:
-        """What metrics depend on, in a line: protocol, method, prior, refinement and names."""
+    def description(self, names: str | None = None) -> str:
+        """What metrics depend on, in a line: protocol, method, prior, refinement and names.
+
+        names: what is looked for, if not `usual_names`.
+        """
+        names = names or self.usual_names
         config, method = self.config, self.config.method if self.model is None else "code"
         if self.model is not None and config.prior_weight > 0:
             method += f" with {config.prior_weight:.0%} maskclip prior"
@@ -290,7 +303,7 @@ def words_of(class_names: Sequence[str], benchmark: Benchmark, config: MaskConfi
 
     Raises UserError for names of another number, or background words where there is none.
     """
-    if config.background_words and not benchmark.background:
+    if config.background_words is not None and not benchmark.background:
         raise UserError(f"--background-words: {benchmark.name} has no background")
     if config.names is None:
         return list(class_names)
@@ -353,7 +366,8 @@ def evaluate(segmenter: Segmenter | None, benchmark: Benchmark, config: EvalConf
     if segmenter is None:
         what = f"predictions of {printable(config.predictions)}"
     else:
-        what = segmenter.description(names_used(segmenter.config))
+        names = segmenter.config.names
+        what = segmenter.description(names and printable(names))
     count = images if config.limit is None else min(config.limit, images)
     rank = process_rank()
     iou = IoU(len(benchmark.class_names))
@@ -390,17 +404,15 @@ def evaluate(segmenter: Segmenter | None, benchmark: Benchmark, config: EvalConf
         "pixel_accuracy": none_for_nan(iou.pixel_accuracy()),
         "IoU": dict(zip(benchmark.class_names, per_class)),
         "method": what,
-        "settings": asdict(config) if segmenter is None else settings_of(segmenter.config),
+        "settings": asdict(config) if segmenter is None else settings_of(segmenter),
     }
 
 
-def settings_of(config: MaskConfig) -> dict:
-    """The options as they were used, the threshold of the background among them."""
-    return asdict(config) | {"background": config.threshold}
-
-
-def names_used(config: MaskConfig) -> str:
-    return "class names" if config.names is None else printable(config.names)
+def settings_of(segmenter: Segmenter) -> dict:
+    """The options as they were used."""
+    config = segmenter.config
+    used = {"protocol": segmenter.protocol, "background": config.threshold}
+    return asdict(config) | used
 
 
 def none_for_nan(value: float) -> float | None:
@@ -500,10 +512,6 @@ def load_method(config: MaskConfig, device: torch.device) -> tuple[open_clip.CLI
 
     Raises UserError.
     """
-    if config.stride > config.window:
-        raise UserError(
-            f"--stride {config.stride} beyond --window {config.window}: gaps would stay"
-        )
     if config.checkpoint is None:
         if config.method == "code":
             raise UserError(
@@ -515,17 +523,19 @@ def load_method(config: MaskConfig, device: torch.device) -> tuple[open_clip.CLI
     return model.clip, model if config.method == "code" else None
 
 
-def check_world(clip: open_clip.CLIP, datasets: Sequence[str], source: str) -> None:
+def check_world(
+    clip: open_clip.CLIP, datasets: Sequence[str], source: str, option: str = "--dataset"
+) -> None:
     """Whether CLIP and benchmarks are both of the shapes world, or neither. Raises UserError.
 
     source: where the CLIP comes from. The sizes and constants of one world are none for the other.
     """
     if is_of_shapes(clip) and any(name != "shapes" for name in datasets):
-        raise UserError(f"{source}: of the shapes world, see --dataset shapes")
+        raise UserError(f"{source}: of the shapes world, see {option} shapes")
     if not is_of_shapes(clip) and "shapes" in datasets:
         others = ", ".join(name for name in DATASETS if name != "shapes")
         raise UserError(
-            f"--dataset shapes: {source} is not of the shapes world: name another benchmark "
+            f"{option} shapes: {source} is not of the shapes world: name another benchmark "
             f"({others}, all)"
         )
 
@@ -533,7 +543,7 @@ def check_world(clip: open_clip.CLIP, datasets: Sequence[str], source: str) -> N
 def load_benchmarks(config: EvalConfig) -> list[Benchmark]:
     """Those of --dataset. Raises UserError."""
     if config.json:
-        refuse_folder(config.json)  # not after an hour
+        refuse_folder(config.json)  # a mistake is told now, not after an hour
     if config.dataset is None:
         raise UserError(f"--dataset is needed: one of {', '.join(DATASETS)}, or 'all'")
     names = THESIS_DATASETS if config.dataset == "all" else [config.dataset]
@@ -545,20 +555,22 @@ def evaluate_all(
     benchmarks: Sequence[Benchmark],
     config: EvalConfig,
 ) -> None:
-    """Evaluate a segmenter of each benchmark, print its metrics and write --json."""
+    """Evaluate a segmenter of each benchmark, print its metrics and write --json after each."""
     results = []
     for benchmark in benchmarks:
         results.append(evaluate(make(benchmark), benchmark, config))
         if process_rank() == 0:
             print_table(results[-1])
-    if process_rank() == 0:
-        content = results[0]
-        if config.dataset == "all":
-            print(table_4_1(results))
-            content = {"average": average(results)}
-            content |= {"partial": any(r["partial"] for r in results), "datasets": results}
-        if config.json:
-            save_text(json.dumps(content, indent=1, allow_nan=False), config.json)
+            content = results[0]
+            if config.dataset == "all":
+                whole = len(results) == len(benchmarks)
+                content = {"average": average(results) if whole else None}
+                content |= {"partial": not whole or any(r["partial"] for r in results)}
+                content |= {"datasets": results}
+            if config.json:
+                save_text(json.dumps(content, indent=1, allow_nan=False), config.json)
+    if process_rank() == 0 and config.dataset == "all":
+        print(table_4_1(results))
 
 
 def main() -> None:
@@ -569,14 +581,15 @@ def main() -> None:
             f"--method {settings.method}: 'code' or 'maskclip'; see training_free.py for others"
         )
     if config.predictions:
-        refuse_beside_predictions(settings)
+        refuse_beside_predictions()
         check_predictions(config, benchmarks)
     for benchmark in benchmarks:  # mistakes in words, before CLIP's weights are fetched
         benchmark_words(benchmark, settings)
     device = choose_device(settings.device)
     start_processes(device, config.timeout)
     if config.predictions:
-        evaluate_all(lambda benchmark: None, benchmarks, config)
+        with lost_processes():
+            evaluate_all(lambda benchmark: None, benchmarks, config)
         stop_processes()
         return
     trained = Path(TrainConfig().out, "last.pt")
@@ -597,10 +610,10 @@ def main() -> None:
     stop_processes()
 
 
-def refuse_beside_predictions(settings: MaskConfig) -> None:
+def refuse_beside_predictions() -> None:
     """Raises UserError for an option that asks for masks of ours."""
     for name in ("checkpoint", "method", "names", "background_words"):
-        if getattr(settings, name) != getattr(MaskConfig, name):
+        if name in given_options():
             flag = "--" + name.replace("_", "-")
             raise UserError(f"--predictions and {flag}: give one of them")
 

@@ -3,12 +3,12 @@
 What travels between processes. Every process decomposes its own b pairs; the losses compare all
 with all. So `gather` joins what Eq. 3.8 needs of every process, with gradients: embeddings of all B
 triplets, and small statistics of each image and caption. Every process then computes the same L.
-`gather`'s backward pass sums over the K processes, so that a process gets K times the gradient that
-goes through its own pairs; DistributedDataParallel's mean takes the K away and adds the parts.
-What acts behind `gather` (the temperatures) has its whole gradient in every process, and the mean
-keeps it. K processes with b pairs each so train as one with the same K b pairs
-(`tests/test_parallel.py`); the noise of the hard masks is drawn for the global batch as well
-(`train.logistic_noise`).
+All K of them together compute K L. `gather`'s backward pass is the transpose of its forward pass:
+what all processes send back to one process's share is added. So their backward passes together
+differentiate K L, each with respect to its own copy of the weights, and DistributedDataParallel's
+mean, the sum over the copies divided by K, is dL/dweights: that of one process with the same K b
+pairs, temperatures included (`tests/test_parallel.py`). The noise of the hard masks is drawn for
+the global batch as well (`train.logistic_noise`).
 
 Shapes: b pairs with J nouns each in this process, N pairs in the global batch, B = J N triplets
 (image, text, noun) in the thesis's sense, in the order: first noun of all pairs, then the second.
@@ -82,7 +82,8 @@ def loss_seg_v(
 def loss_seg_t(
     d: Decomposition, noun_labels: Tensor | None, config: LossConfig
 ) -> dict[str, Tensor]:
-    """lambda_seg^t L_seg^t (section 3.2): the mean of all words' cross-entropies, "seg_t"."""
+    """lambda_seg^t L_seg^t (section 3.2), "seg_t": the weighted mean of the cross-entropies of all
+    words of the global batch."""
     labels = noun_labels
     if config.pseudo_labels == "thesis":
         labels = pseudo_labels(d.word_logits, d.is_word)
@@ -132,7 +133,7 @@ def region_cosines(x_v: Tensor, masks: Tensor, n: Tensor) -> Tensor:
 
 
 def area_losses(areas: Tensor, prior: float) -> tuple[Tensor, Tensor]:
-    """|mean area of own - prior| and |mean area of others - 0|, of the mean of every mask (N, B).
+    """|mean area of own - prior| and the mean area of others, from the mean of every mask (N, B).
 
     Own: the matching entries of the B x B matrix of triplets. Others: all its off-diagonal ones, an
     image's own other noun included (each image stands for J rows of that matrix).
@@ -140,11 +141,14 @@ def area_losses(areas: Tensor, prior: float) -> tuple[Tensor, Tensor]:
     triplets = areas.repeat(areas.shape[1] // areas.shape[0], 1)  # (B, B)
     own = triplets.diagonal()
     others = (triplets.sum() - own.sum()) / (triplets.numel() - own.numel())
-    return (own.mean() - prior).abs(), others.abs()
+    return (own.mean() - prior).abs(), others
 
 
 def total_variation(x: Tensor) -> Tensor:
-    """Mean absolute difference of horizontal plus of vertical neighbours: (b, K, H, W) -> (b,)."""
+    """Mean absolute difference of horizontal plus of vertical neighbours.
+
+    (b, channels, H, W) -> (b,).
+    """
     horizontal = (x[..., 1:] - x[..., :-1]).abs().mean((1, 2, 3))
     vertical = (x[..., 1:, :] - x[..., :-1, :]).abs().mean((1, 2, 3))
     return horizontal + vertical
@@ -191,6 +195,8 @@ def gather_triplets(x: Tensor) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
+    """all_gather, and its transpose: the sum of what all processes send back, this one's part."""
+
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]

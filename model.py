@@ -4,8 +4,8 @@ The network knows nothing of processes, files or devices: it decomposes the b pa
 
 Shapes: b pairs with J nouns each. What belongs to a triplet (image, text, noun) is (J, b, ...): the
 first noun of all pairs, then the second. C: CLIP's embedding width; C_t: its text width, which
-`load_clip` wants to be C; H x W: mask grid; S: side of an image; L: text positions, among them SOS
-and EOT.
+`load_clip` wants to be C; H x W: mask grid (in the thesis: the image); S: side of an image; L: text
+positions, with SOS, EOT and padding.
 """
 
 import copy
@@ -50,8 +50,9 @@ class UpsamplingBlock(nn.Module):
         self.gates = nn.ParameterList(nn.Parameter(torch.zeros(())) for _ in range(convs))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width, h, w) -> (B, width, 2h, 2w), in memory channels last as LayerNorm wants."""
+        """(b, width, h, w) -> (b, width, 2h, 2w), in memory channels last as LayerNorm wants."""
         for norm, conv, gate in zip(self.norms, self.convs, self.gates):
+            # LayerNorm and GELU act on each cell alone, so they may come before the upsampling.
             y = F.gelu(norm(x.movedim(1, -1)).movedim(-1, 1))
             if conv is self.convs[0]:
                 x, y = F.interpolate(x, scale_factor=2), upsample_and_convolve(y, conv)
@@ -62,12 +63,15 @@ class UpsamplingBlock(nn.Module):
 
 
 def upsample_and_convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """conv(nearest x2 (x)) of a zero-padded 3x3 convolution: (B, C, h, w) -> (B, C, 2h, 2w).
+    """conv(nearest x2 (x)) of a zero-padded 3x3 convolution.
 
-    It is one transposed convolution: a cell reaches the 4x4 outputs around its own 2x2, each
-    through the sum of those taps that fall on its copies.
+    (b, width, h, w) -> (b, width, 2h, 2w).
+    It is one transposed convolution, of 16 products a cell instead of 36: a cell reaches the 4x4
+    outputs around its own 2x2, each through the sum of those taps that fall on its copies.
     """
-    kernel = 4 * F.avg_pool2d(conv.weight.flip(2, 3), 2, stride=1, padding=1)  # (C, C, 4, 4)
+    kernel = 4 * F.avg_pool2d(
+        conv.weight.flip(2, 3), 2, stride=1, padding=1
+    )  # (width, width, 4, 4)
     return F.conv_transpose2d(x, kernel.transpose(0, 1), conv.bias, stride=2, padding=1)
 
 
@@ -121,7 +125,7 @@ def hard_mask(logits: Tensor, noise: Tensor | None) -> Tensor:
     """
     soft = torch.sigmoid(logits if noise is None else logits + noise)
     hard = (soft > 0.5).to(soft.dtype)
-    return hard + soft - soft.detach()
+    return hard + (soft - soft.detach())  # exactly 0 or 1
 
 
 # --- 3.2 word masks -------------------------------------------------------------------------------
@@ -147,7 +151,10 @@ class TextSegmenter(nn.Module):
         self.word_bias = nn.Parameter(torch.tensor(config.word_bias))
 
     def forward(self, hidden: Tensor, eot: Tensor) -> Tensor:
-        """x^t from `clip.text_hidden`: (b, L, C_t), (b,) -> (b, L, C), normalised."""
+        """x^t from `clip.text_hidden`: (b, L, C_t), (b,) -> (b, L, C), normalised.
+
+        Without a projection: C_t = C, which `clip.load_clip` asks of every CLIP.
+        """
         position = torch.arange(hidden.shape[1], device=eot.device)
         mask = (position <= eot[:, None])[:, None, None] | self.attends_to_all  # (b, 1, 1, L)
         for block in self.blocks:
@@ -254,8 +261,8 @@ class CoDe(nn.Module):
 
     def logit_scales(self) -> dict[str, Tensor]:
         """1 / tau of the contrasts "image", "region" and "hcl", at most 100."""
-        own = {k.removesuffix("_log_scale"): p for k, p in self.named_parameters(recurse=False)}
-        return {k: own[k].exp().clamp(max=100) for k in ("image", "region", "hcl") if k in own}
+        found = {k: getattr(self, f"{k}_log_scale", None) for k in ("image", "region", "hcl")}
+        return {k: p.exp().clamp(max=100) for k, p in found.items() if p is not None}
 
     def noun_embedding(self, tokens: Tensor) -> Tensor:
         """n_j (KgCoOp, section 3.2): learned context and noun through the frozen text tower.
@@ -265,11 +272,11 @@ class CoDe(nn.Module):
         embeddings = self.clip.token_embedding(tokens)
         context = self.context.expand(len(tokens), -1, -1)
         after = embeddings[:, 1 + len(self.context) :]
-        embeddings = torch.cat([embeddings[:, :1], context.to(after.dtype), after], dim=1)
+        embeddings = torch.cat([embeddings[:, :1], context, after], dim=1)
         return text_embedding(self.clip, embeddings, end_of_text(tokens))
 
     def word_features(self, tokens: Tensor) -> Tensor:
-        """x^t of captions: (b, L) -> (b, L, C), normalised."""
+        """x^t (section 3.2) of captions: (b, L) -> (b, L, C), normalised."""
         length, positions = tokens.shape[1], len(self.word_prompt)
         if self.text_segmenter.attends_to_all:
             tokens = F.pad(tokens, (0, positions - length))

@@ -23,7 +23,7 @@ import os
 import sys
 import zlib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -226,9 +226,15 @@ def load_segmenter(words: Sequence[str], preset: str = "thesis", **options) -> S
     """
     if isinstance(words, str) or not words or "names" in options:
         raise UserError("words: a list of at least one, and no file of names beside it")
+    if preset not in ("thesis", "shapes"):
+        raise UserError(f"preset {preset!r}: 'thesis' or 'shapes'")
     trained = options.get("checkpoint") is not None
     kind = MaskConfig if trained else TrainingFreeConfig
-    settings = kind(**presets(trained).get(preset, {}) | options)
+    known = {f.name for f in fields(kind)}
+    if unknown := options.keys() - known:
+        raise UserError(f"{', '.join(sorted(unknown))}: not one of {', '.join(sorted(known))}")
+    given = {name: value for name, value in options.items() if value is not None}
+    settings = kind(**presets(trained).get(preset, {}) | given)
     check_ranges(settings)
     return make_segmenter(words, settings, preset)
 

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import Run, model_content, resume_run, save_checkpoint, save_run
+from checkpoint import (
+    Run,
+    model_content,
+    read_checkpoint,
+    resume_run,
+    save_checkpoint,
+    save_run,
+)
 from clip import load_clip
 from config import (
     MASK_PRESETS,
@@ -143,7 +150,7 @@ def check_options(config: TrainConfig, model_config: ModelConfig, loss_config: L
         raise UserError(f"--keep-steps {beyond[0]}: not among the {config.steps} steps of the run")
     if config.eval_dataset:
         try:
-            load_benchmark(config.eval_dataset, config.eval_root)  # not after an hour
+            load_benchmark(config.eval_dataset, config.eval_root)  # told now, not after an hour
         except UserError as error:
             text = str(error).replace("--root", "--eval-root")
             raise UserError(text.replace("--dataset", "--eval-dataset")) from None
@@ -165,7 +172,7 @@ def main() -> None:
         tagger = shapes_tagger() if config.preset == "shapes" else nltk_tagger()
         clip = load_clip(model_config.clip, model_config.clip_weights)
     if config.eval_dataset:
-        check_world(clip, [config.eval_dataset], f"--clip {model_config.clip}")
+        check_world(clip, [config.eval_dataset], f"--clip {model_config.clip}", "--eval-dataset")
 
     model = CoDe(clip, model_config).to(device)
     parts = (make_optimizer(model, config), make_scaler(device, precision))
@@ -173,6 +180,9 @@ def main() -> None:
     run = Run(model, *parts, config, loss_config, precision, data=data)
     if config.resume:
         resume_run(run, Path(config.out, "last.pt"))
+        best = Path(config.out, "best.pt")  # a kill may have come between it and last.pt
+        if best.exists():
+            run.best = max(run.best, read_checkpoint(best).get("mIoU", -1.0))
     stream = PairStream(
         source,
         tagger,
@@ -250,10 +260,10 @@ def train(run: Run, loader: Iterable[Batch | UserError], stopping: Sequence[floa
             more = {"grad_norm": norm, "mask_area": d.soft_v.mean()}
             more |= {f"{k}_temperature": 1 / scale for k, scale in model.logit_scales().items()}
             log.write(run.step, rate, terms, more)
+        if run.step in config.keep_steps and process_rank() == 0:  # again, if killed before last.pt
+            save_checkpoint(model_content(model), out / f"step-{run.step}.pt")
         if every(config.checkpoint_every) or evaluates or stop:
             save_run(run, out / "last.pt")
-        if run.step in config.keep_steps and process_rank() == 0:
-            save_checkpoint(model_content(model), out / f"step-{run.step}.pt")
         if evaluates:  # after saving: whatever happens in it, the steps are kept
             reached = evaluate_model(model, config)
             if reached > run.best and process_rank() == 0:

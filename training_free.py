@@ -20,7 +20,6 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
-from PIL import Image
 from torch import Tensor
 
 from clip import (
@@ -46,7 +45,6 @@ from config import (
 )
 from datasets import Benchmark
 from evaluate import (
-    Scores,
     Segmenter,
     check_world,
     evaluate_all,
@@ -119,7 +117,7 @@ class TrainingFreeConfig(MaskConfig):
     """
 
     method: str = option(
-        "naclip", "'maskclip', 'sclip', 'clearclip', 'naclip', or 'code' with --checkpoint"
+        "naclip", "'maskclip', 'sclip', 'clearclip', 'naclip', or with --checkpoint 'code'"
     )
     background: float = option(0.1, "threshold of the background, of a probability", low=0, high=1)
     softmax_scale: float = option(40.0, "factor of the cosines before the softmax over all words")
@@ -156,6 +154,7 @@ class TrainingFree(Segmenter):
     """
 
     protocol, templates = "training-free", IMAGENET_TEMPLATES
+    usual_names = "training-free names"
 
     def statistics(self) -> tuple:
         """CLIP's own, but for CoDe."""
@@ -163,17 +162,19 @@ class TrainingFree(Segmenter):
             return IMAGE_MEAN, IMAGE_STD
         return open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
-    def scores(self, image: Image.Image) -> Scores:
-        """Probabilities at the image's own size; a large image is taken at `long_side`: refined at
-        12 million pixels, 30 words would fill a laptop."""
-        pixels = self.pixels(image)
-        cosine, config = self.slide(pixels), self.config
+    def word_scores(self, pixels: Tensor) -> Tensor:
+        """Probabilities of all words, at the image's own size: (1, 3, H, W) -> (words, h, w).
+
+        A large image is taken at `long_side`: refined at 12 million pixels, 30 words would fill a
+        laptop.
+        """
+        config = self.config
         scale = min(1.0, config.long_side / max(pixels.shape[-2:]))
         size = [max(1, round(side * scale)) for side in pixels.shape[-2:]]
-        cosine = resize(cosine[None], size)
+        cosine = resize(self.slide(pixels)[None], size)
         if config.pamr:
             cosine = pamr(pixels, cosine, dilations=config.pamr_dilations)
-        return self.by_class((config.softmax_scale * cosine[0]).softmax(0))
+        return (config.softmax_scale * cosine[0]).softmax(0)
 
     def patch_scores(self, images: Tensor) -> Tensor:
         """Cosines of patches with the words; of CoDe's cells, on the mask grid."""
@@ -195,6 +196,14 @@ class TrainingFree(Segmenter):
 # --- the script -----------------------------------------------------------------------------------
 
 
+def lines_of(benchmark: Benchmark, config: TrainingFreeConfig) -> tuple[list[str], str | None]:
+    """The line of every class, and the background's own where a benchmark has one."""
+    names = training_free_names(benchmark.name)
+    background, names = names[: int(benchmark.background)], names[int(benchmark.background) :]
+    behind = ",".join(background) if config.background_words is None else config.background_words
+    return words_of(names, benchmark, config), behind or None
+
+
 def segmenter_of(
     benchmark: Benchmark,
     clip: open_clip.CLIP,
@@ -202,14 +211,10 @@ def segmenter_of(
     config: TrainingFreeConfig,
     given: set[str],
 ) -> TrainingFree:
-    """A segmenter of a benchmark's classes, with the words of the background where it has one."""
+    """A segmenter of a benchmark's classes, with the exceptions and words that belong to it."""
+    words, background = lines_of(benchmark, config)
     config = for_benchmark(config, benchmark.name, given)
-    names = training_free_names(benchmark.name)
-    background, names = names[: int(benchmark.background)], names[int(benchmark.background) :]
-    words = words_of(names, benchmark, config)
-    if config.background_words is None:
-        config = replace(config, background_words=",".join(background))
-    return TrainingFree(clip, model, words, config)
+    return TrainingFree(clip, model, words, replace(config, background_words=background))
 
 
 def check_method(config: MaskConfig) -> None:
@@ -220,19 +225,22 @@ def check_method(config: MaskConfig) -> None:
 
 def main() -> None:
     config, settings = parse(__doc__, EvalConfig, TrainingFreeConfig, presets=MASK_PRESETS)
+    given = given_options()
+    if "checkpoint" in given and "method" not in given:
+        settings.method = "code"
     check_method(settings)
     if config.predictions:
         raise UserError("--predictions: evaluate.py reads label maps of any protocol")
-    benchmarks, given = load_benchmarks(config), given_options()
-    if config.dataset == "shapes":  # its preset is the built-in world's
-        given |= set(MASK_PRESETS["shapes"])
+    benchmarks = load_benchmarks(config)
+    for benchmark in benchmarks:  # mistakes in words, before CLIP's weights are fetched
+        lines_of(benchmark, settings)
     device = choose_device(settings.device)
     start_processes(device, config.timeout)
-    with first_process_first():  # which fetches CLIP's weights
-        clip, model = load_method(settings, device)
-    names = [benchmark.name for benchmark in benchmarks]
-    check_world(clip, names, settings.checkpoint or f"--clip {settings.clip}")
     with lost_processes():
+        with first_process_first():  # which fetches CLIP's weights
+            clip, model = load_method(settings, device)
+        names = [benchmark.name for benchmark in benchmarks]
+        check_world(clip, names, settings.checkpoint or f"--clip {settings.clip}")
         evaluate_all(
             lambda benchmark: segmenter_of(benchmark, clip, model, settings, given),
             benchmarks,

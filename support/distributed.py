@@ -1,4 +1,4 @@
-"""Processes: torchrun's ranks, gathering with gradients, and signals that ask to stop."""
+"""Processes: torchrun's ranks, waiting for each other, and signals that ask to stop."""
 
 import contextlib
 import multiprocessing.queues
@@ -35,7 +35,7 @@ def start_processes(device: torch.device, timeout: int) -> None:
         try:
             dist.init_process_group(backend, timeout=timedelta(minutes=timeout))
         except (ValueError, RuntimeError) as error:  # an address in use, a process that is missing
-            reason = str(error).splitlines()[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(f"the processes could not meet each other: {reason}") from error
 
 
@@ -58,8 +58,8 @@ def local_rank() -> int:
 
 
 def launched_processes() -> int:
-    """How many processes torchrun started, known before they have met."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes torchrun started on this machine, known before they have met."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def any_process(flag: bool) -> bool:

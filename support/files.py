@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import stat
 import sys
 import tempfile
@@ -46,7 +47,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 def takes_a_stream(path: Path) -> bool:
     """Whether a path is a device, a pipe or a socket, or one of the names of open files, such as
     /dev/stdout: these are written to, and never replaced by a file."""
-    if path.is_absolute() and path.parts[1:2] in (("dev",), ("proc",)):
+    if re.fullmatch(r"/dev/(stdout|stderr|fd/\d+)|/proc/[^/]+/fd/\d+", str(path)):
         return True
     try:
         return not stat.S_ISREG(os.stat(path).st_mode)

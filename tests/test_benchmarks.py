@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from datasets.protocols import PROTOCOLS
 from PIL import Image
 
 from datasets import THESIS_DATASETS, load_benchmark
 from evaluate import IoU, main
-from training_free import DENSE
+from training_free import DENSE, TrainingFree
+from training_free import main as training_free_main
 
 pytestmark = pytest.mark.slow
 
@@ -101,17 +101,20 @@ def test_saved_predictions_give_the_same_metrics(all_six, tmp_path, monkeypatch)
         assert two["method"] == f"predictions of {all_six}"
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("method", ["code", *DENSE])
+CASES = [("thesis", "code"), ("thesis", "maskclip")]
+CASES += [("training-free", method) for method in ("code", *DENSE)]
+
+
+@pytest.mark.parametrize("protocol, method", CASES)
 def test_all_methods_under_both_protocols(method, protocol, checkpoint, tmp_path, monkeypatch):
     """An image of each benchmark; every line, table row and JSON entry says how it was made."""
-    monkeypatch.setattr("segmenter.IMAGENET_TEMPLATES", ["a photo of a {}."])  # not all 80
+    monkeypatch.setattr(TrainingFree, "templates", ["a photo of a {}."])  # not all 80
     arguments = ("--dataset", "all", "--root", str(RAW), "--checkpoint", checkpoint, "--limit", "1")
-    arguments += ("--method", method, "--protocol", protocol, "--no-pamr")
-    monkeypatch.setattr(sys, "argv", ["e.py", *arguments, "--json", str(tmp_path / "m.json")])
+    arguments += ("--method", method, "--no-pamr", "--json", str(tmp_path / "m.json"))
+    monkeypatch.setattr(sys, "argv", ["e.py", *arguments])
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        main()
+        main() if protocol == "thesis" else training_free_main()
     prior = " with 30% maskclip prior" if method == "code" else ""
     behind = ("",) * 6
     if protocol == "training-free":

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -87,3 +88,11 @@ def test_standard_output_in_the_order_of_printing(name, tmp_path):
 def test_no_name_is_no_file(path):
     with pytest.raises(UserError, match="a folder, not a file to write"):
         save_text("content", path)
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no RAM disk here")
+def test_a_ram_disk_holds_files_like_any_other():
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        for text in ("one", "two"):
+            save_text(text, f"{folder}/new/a.json")
+        assert Path(folder, "new/a.json").read_text() == "two\n"

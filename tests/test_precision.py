@@ -84,7 +84,7 @@ def test_cuda_is_this_processes_gpu(monkeypatch):
 
 
 def test_processes_do_not_share_a_gpu(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UserError, match="--device cuda:1: the 4 processes would share one GPU"):
         choose_device("cuda:1")
     assert choose_device("cpu") == CPU
