@@ -135,7 +135,10 @@ def test_background_is_where_no_class_exceeds_the_threshold():
         (("--dataset", "shapes", "--method", "sam"), "'code' or 'maskclip'; see training_free.py"),
         (("--limit", "many"), "invalid int value: 'many'"),
         (("--limit", "0"), "--limit 0: must be at least 1"),
-        (("--dataset", "shapes", "--stride", "96", "--window", "32"), "gaps would stay"),
+        (
+            ("--dataset", "shapes", "--method", "maskclip", "--stride", "96", "--window", "32"),
+            "gaps would stay",
+        ),
         (("--json", "/tmp"), "a folder, not a file"),
         (("--datasets", "voc"), "unrecognized arguments"),
         (

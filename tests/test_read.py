@@ -15,7 +15,7 @@ from clip import embed_texts, load_clip
 from config import TRAIN_PRESETS, LossConfig, TrainConfig, UserError
 from docs.book.alignment import TERMS
 from docs.book.build import SECTIONS, BookConfig, build, code_block, formula
-from docs.book.observe import CPU, first_model, observe, small_batch
+from docs.book.observe import first_model, observe, small_batch
 from model import CoDe
 from train import logistic_noise
 
@@ -148,7 +148,7 @@ def test_values_are_those_of_plain_numpy(page, trained, which):
     pairs = small_batch(BookConfig.pair, TrainConfig(min_crop=0.9), len(model.context))
     grid = tuple(4 * side for side in model.clip.visual.grid_size)
     with torch.no_grad():
-        d = model(pairs.batch, logistic_noise(2, len(pairs.captions), grid, 0, 0, CPU))
+        d = model(pairs.batch, logistic_noise(model, pairs.batch, 0, 0))
         written = embed_texts(model.clip, pairs.batch.knowledge_tokens)
     n, written, e_v, e_t, logits = (
         x.double().numpy() for x in (d.n.flatten(0, 1), written, d.e_v, d.e_t, d.word_logits[:, 0])

@@ -92,9 +92,7 @@ def observe(run: Path, pair: int) -> list[Observation]:
     models |= {step: load_model(kept[step], CPU) for step in sorted(kept)}
 
     pairs = small_batch(pair, config, len(models[0].context))
-    cells = models[0].config.cells_per_patch
-    grid = tuple(cells * side for side in models[0].clip.visual.grid_size)
-    noise = logistic_noise(config.nouns, PAIRS, grid, config.seed, 0, CPU)
+    noise = logistic_noise(models[0], pairs.batch, config.seed, 0)
     seen = []
     for step, model in models.items():
         d = model(pairs.batch, noise)
