@@ -146,7 +146,6 @@ def test_values_are_those_of_plain_numpy(page, trained, which):
     """L_kg, L_hcl and the first pair's word masks, before training and after it."""
     model = trained if which else first_model(model_config(), 0)
     pairs = small_batch(BookConfig.pair, TrainConfig(min_crop=0.9), len(model.context))
-    grid = tuple(4 * side for side in model.clip.visual.grid_size)
     with torch.no_grad():
         d = model(pairs.batch, logistic_noise(model, pairs.batch, 0, 0))
         written = embed_texts(model.clip, pairs.batch.knowledge_tokens)
