@@ -132,9 +132,19 @@ def test_how_words_are_looked_for_from_python(world):
     free = load_segmenter(["bug", "sand"], preset="shapes")
     assert (free.protocol, free.config.method) == ("training-free", "maskclip")
     assert free.config.background_words == "grass,water,brick,wood,snow"
+    given = load_segmenter(["bug", "sand"], preset="shapes", background_words="sky")
+    assert given.config.background_words == "sky"
     trained = load_segmenter(["bug"], preset="shapes", checkpoint=str(world / "code.pt"))
     assert trained.protocol == "thesis" and trained.model is not None
     assert trained.config.background_words is None
+    for options, message in (
+        ({"preset": "shape"}, "preset 'shape': 'thesis' or 'shapes'"),
+        ({"softmax": 3}, "softmax: not one of background, background_words"),
+        ({"checkpoint": "x.pt", "softmax_scale": 40}, "softmax_scale: not one of"),
+        ({"checkpoint": "x.pt", "method": "naclip"}, "--method naclip and --checkpoint"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_segmenter(["bug"], **options)
 
 
 def test_from_python_as_the_docs_show_it(world, tmp_path, monkeypatch):
