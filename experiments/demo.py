@@ -40,9 +40,9 @@ class DemoConfig:
 
 
 def kept_steps(steps: int) -> list[int]:
-    """After which steps the model is kept: a sixteenth, a quarter and a half of them."""
+    """After which steps the model is kept: a sixteenth, a quarter, a half and all of them."""
     sixteenth = max(1, steps // 16)
-    return [step for step in (sixteenth, 4 * sixteenth, 8 * sixteenth) if step <= steps]
+    return [step for step in (sixteenth, 4 * sixteenth, 8 * sixteenth) if step < steps] + [steps]
 
 
 def train_both(out: Path, steps: int) -> None:

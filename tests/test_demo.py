@@ -15,8 +15,8 @@ from experiments.demo import kept_steps
 
 
 def test_kept_steps_are_steps_of_the_run():
-    assert kept_steps(400) == [25, 100, 200]
-    assert kept_steps(16) == [1, 4, 8] and kept_steps(5) == [1, 4] and kept_steps(1) == [1]
+    assert kept_steps(400) == [25, 100, 200, 400]
+    assert kept_steps(16) == [1, 4, 8, 16] and kept_steps(5) == [1, 4, 5] and kept_steps(1) == [1]
 
 
 @pytest.mark.slow
@@ -47,7 +47,8 @@ def test_the_demo_writes_what_it_says(tmp_path):
     assert [c["step"] for c in configs] == [48, 48]
     assert (tmp_path / "metrics.md").exists()
     kept = {path.name for path in tmp_path.glob("step-*.pt")}  # for `make read`
-    assert kept == {"step-3.pt", "step-12.pt", "step-24.pt"}  # a 16th, a quarter, a half of 48
+    names = {f"step-{step}.pt" for step in (3, 12, 24, 48)}  # a 16th, a quarter, a half, all
+    assert kept == names
     page = (tmp_path / "page.html").read_text()
     assert caption in page and "scene 1" in page
     assert done.stdout.rstrip().endswith(str(tmp_path / "page.html"))
