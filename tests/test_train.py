@@ -116,7 +116,7 @@ def test_named_steps_are_kept(tmp_path):
 def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path):
     done = train(
         *(*TINY, "--steps", "4", "--checkpoint-every", "1", "--out", tmp_path),
-        *("--mask-scale", "1e39"),  # infinite in single precision
+        *("--lambda-hcl", "1e39"),  # infinite in single precision
         code=2,
     )
     assert "step 0: total, " in done.stderr and "not finite" in done.stderr
@@ -182,7 +182,7 @@ def test_learning_rate():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ((), "data/gcc3m/gcc-train-{000000..000331}.tar data/gcc12m"),
+        ((), "data/cc3m-wds/*.tar data/cc12m-wds/*.tar"),
         ((), "--preset shapes needs no data"),
         (("--preset", "shape"), "--preset shape: not one of thesis, shapes"),
         (("--steps", "many"), "invalid int value: 'many'"),
