@@ -106,10 +106,24 @@ def load_model(path: str | Path, device: torch.device, clip_weights: str | None 
             f"{path} was trained with CLIP's weights in {config.clip_weights}, which is not there: "
             "--clip-weights FILE names where it is now"
         )
-    model = CoDe(load_clip(config.clip, config.clip_weights), config)
+    model = CoDe(load_clip_of(config), config)
     check_clip(content, model, path)
     load_learned(model, content["model"], path)
     return model.to(device).eval()
+
+
+def load_clip_of(config: ModelConfig) -> open_clip.CLIP:
+    """The CLIP that a configuration names. That of a training which started from the authors' file
+    (`--init`) is called "released" and lies in that file. Raises UserError."""
+    if config.clip != "released":
+        return load_clip(config.clip, config.clip_weights)
+    state = read_checkpoint(config.clip_weights)["model"]
+    if not is_released(state):
+        raise UserError(
+            f"--clip-weights {config.clip_weights}: the training started from a released file of "
+            "the authors, whose CLIP is needed: name that file"
+        )
+    return rebuild_released(state, config.clip_weights).clip
 
 
 def load_learned(model: CoDe, state: dict[str, torch.Tensor], path: str | Path) -> None:
@@ -150,9 +164,8 @@ class Run:
 PROGRESS = ("step", "best", "next_worker", "data")
 # Options that may differ when a run goes on. With other `workers` the next epoch begins.
 FREE = (
-    *("out", "device", "workers", "timeout", "resume", "log_every", "checkpoint_every"),
-    "keep_steps",
-    *("tensorboard", "eval_dataset", "eval_root", "eval_every", "eval_limit"),
+    *("out", "init", "device", "workers", "timeout", "resume", "log_every", "checkpoint_every"),
+    *("keep_steps", "tensorboard", "eval_dataset", "eval_root", "eval_every", "eval_limit"),
     *("pairs", "shards", "clip_weights"),  # may have moved
 )
 

@@ -4,7 +4,7 @@ import argparse
 import math
 import sys
 import types
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_origin
 
@@ -91,13 +91,16 @@ class LossConfig:
 class TrainConfig:
     """How it is trained (section 3.5)."""
 
-    preset: str = option("thesis", "named set of defaults: thesis, shapes")
+    preset: str = option("thesis", "named set of defaults: thesis, release, shapes")
     pairs: str | None = option(None, "folder of images with same-named .txt captions")
     shards: tuple[str, ...] = option(
         ("data/cc3m-wds/*.tar", "data/cc12m-wds/*.tar"),
         "webdataset shards of pairs; braces and globs",
     )
     out: str = option("out/train", "folder for the checkpoint, the configuration and the log")
+    init: str | None = option(
+        None, "start from this checkpoint: one of train.py, or the authors' (its network is used)"
+    )
     steps: int = option(50_000, "optimizer steps", low=1)
     batch_size: int = option(64, "image-text pairs in a step, over all processes", low=2)
     nouns: int = option(2, "J, nouns drawn per pair", low=1)
@@ -111,6 +114,9 @@ class TrainConfig:
     )
     weight_decay: float = option(
         0.05, "AdamW; none on biases, LayerNorms, prompts and scalars", low=0
+    )
+    decay_prompts: bool = option(
+        False, "weight decay on prompts, context and scalars as well (release)"
     )
     max_grad_norm: float = 5.0  # gradient clipping
     min_crop: float = 0.9  # least share of the image that a random crop keeps
@@ -127,7 +133,9 @@ class TrainConfig:
     keep_steps: tuple[int, ...] = option((), "keep the model after each of these: step-N.pt")
     resume: bool = option(False, "go on from last.pt in --out")
     timeout: int = option(60, "minutes that processes wait for each other", low=1)
-    eval_dataset: str | None = option(None, "benchmark to evaluate on; the best goes to best.pt")
+    eval_dataset: tuple[str, ...] = option(
+        (), "benchmarks to evaluate on, or 'all' six; the best average goes to best.pt"
+    )
     eval_root: str = option("data", "folder with the raw benchmark folders")
     eval_every: int = option(5000, "steps between two evaluations (at a checkpoint)", low=1)
     eval_limit: int | None = option(None, "evaluate on the first N images only", low=1)
@@ -198,9 +206,16 @@ class EvalConfig:
 
 # --- presets --------------------------------------------------------------------------------------
 
-# What differs from the thesis in the shapes world: images of 96 pixels, a CLIP of high cosines.
+# What differs from the thesis: in the authors' released program, as far as it can be switched
+# (docs/differences.md); in the shapes world, images of 96 pixels and a CLIP of high cosines.
 TRAIN_PRESETS = {
     "thesis": {},
+    "release": dict(
+        lambda_kg=4.0,  # its L_kg is 8 (1 - cos), and |n - n'|^2 = 2 (1 - cos)
+        pseudo_labels="release",
+        text_attention="all",
+        decay_prompts=True,
+    ),
     "shapes": dict(
         clip="shapes",
         steps=400,
@@ -257,8 +272,15 @@ def settle(model: ModelConfig, loss: LossConfig, given: Collection[str] = ()) ->
 # --- the command line -----------------------------------------------------------------------------
 
 
-def parse(description: str, *configs: type, presets: dict[str, dict] | None = None) -> tuple:
+def parse(
+    description: str,
+    *configs: type,
+    presets: dict[str, dict] | None = None,
+    words: Sequence[str] | None = None,
+) -> tuple:
     """Turn dataclasses into a command line and return their instances.
+
+    words: what stands on it; default: this program's own arguments.
 
     Every field with an `option` becomes one of its name (`batch_size` -> --batch-size) with its
     explanation in --help; a bool becomes --name / --no-name (no_name: --no-name alone). `presets`
@@ -274,11 +296,11 @@ def parse(description: str, *configs: type, presets: dict[str, dict] | None = No
         group = parser.add_argument_group(config.__doc__.splitlines()[0].rstrip("."))
         for f in fields(config):
             _add_option(group, f)
-    arguments = vars(parser.parse_intermixed_args())
+    arguments = vars(parser.parse_intermixed_args(words))
     chosen = arguments.get(chooser)
     if presets and chosen in presets:
         parser.set_defaults(**presets[chosen])
-        arguments = vars(parser.parse_intermixed_args())
+        arguments = vars(parser.parse_intermixed_args(words))
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
     made = [
         config(**{f.name: values[f.name] for f in fields(config) if f.name in values})
@@ -292,9 +314,12 @@ def parse(description: str, *configs: type, presets: dict[str, dict] | None = No
     return tuple(made)
 
 
-def given_options() -> set[str]:
-    """The options that stand on the command line, --no-word-prompt as "no_word_prompt"."""
-    words = sys.argv[1:]
+def given_options(words: Sequence[str] | None = None) -> set[str]:
+    """The options that stand on the command line, --no-word-prompt as "no_word_prompt".
+
+    words: what stands on it; default: this program's own arguments.
+    """
+    words = sys.argv[1:] if words is None else words
     words = words[: words.index("--")] if "--" in words else words
     flags = (word.split("=")[0] for word in words if word.startswith("--"))
     return {flag.removeprefix("--").replace("-", "_") for flag in flags}

@@ -116,6 +116,21 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 class Segmenter:
     """Section 4.1: masks of N words in any image; what depends on the words alone is computed once.
 
+    From words and an image to a label map, with the defaults of `config.MaskConfig` at ViT-B/16:
+
+    1. `slide`: the image is resized to a short side of 448 and cut into windows of 448, one every
+       224 pixels. A window is 28 x 28 patches.
+    2. `patch_scores`: the image segmenter gives x^v on 112 x 112 cells, and the soft masks are
+       sigmoid(w x^v . n_c + b). n_c is the embedding of the learned context and the class name; w
+       and b are learned.
+    3. `pamr.pamr` refines the masks by the colours of the window.
+    4. The frozen prior branch (MaskCLIP) is mixed in: 0.7 mask + 0.3 sigmoid(10 (s - 0.25)). s is
+       the cosine of CLIP's own patch with the mean embedding of the class name in nine templates.
+    5. Windows are averaged where they overlap.
+    6. `by_class`: of the alternatives of a class the best counts.
+    7. `Scores.label_map`: resized to the image's own size, the arg-max over classes; background
+       where no mask exceeds 0.4 (0.5 without PAMR). Benchmarks without background: the arg-max.
+
     model: a trained CoDe, or None for the frozen prior branch alone (MaskCLIP).
     words: a line for each class; of alternatives in it, separated by commas, the best counts.
     `config.background_words` is such a line for the background.

@@ -6,6 +6,7 @@ and a scheduler. Here only tensors are rebuilt; every other name in the file is 
 
 import collections
 import math
+import os
 import pickle
 import re
 import types
@@ -189,7 +190,8 @@ def rebuild_released(state: dict[str, torch.Tensor], path: str | Path) -> CoDe:
     clip_state.setdefault("logit_scale", clip.logit_scale.detach())
     load_exactly(clip, clip_state, clip.state_dict(), path)
     config = ModelConfig(
-        clip=str(path),
+        clip="released",
+        clip_weights=os.path.abspath(path),
         context_init=start.strip(),
         upsampling_blocks=count(r"image_segmenter\.upsampling\.(\d+)\.", learned),
         convs_per_block=count(r"image_segmenter\.upsampling\.\d+\.gates\.(\d+)", learned),

@@ -4,13 +4,14 @@ Examples:
     python train.py --preset shapes                     # the built-in world, no download
     python train.py --pairs DIR                         # images with same-named .txt captions
     torchrun --nproc_per_node=4 train.py --pairs DIR    # the same on four GPUs
+    python train.py --pairs DIR --init code_released.pth --lr 1e-6      # go on from there
 """
 
 import json
 import math
 import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import (
     Run,
+    load_model,
     model_content,
     read_checkpoint,
     resume_run,
@@ -41,8 +43,8 @@ from config import (
     settle,
 )
 from data import Batch, PairStream, make_loader, nltk_tagger, open_source, shapes_tagger
-from datasets import load_benchmark
-from evaluate import Segmenter, benchmark_words, check_world, evaluate
+from datasets import DATASETS, THESIS_DATASETS, load_benchmark
+from evaluate import Segmenter, average, benchmark_words, check_world, evaluate
 from losses import code_loss
 from model import CoDe
 from support.device import (
@@ -81,11 +83,19 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over everything learned; weight decay on matrices and kernels only."""
+    """AdamW over everything learned; weight decay on matrices and kernels only.
+
+    With `decay_prompts`, as in the release, on all but biases and LayerNorms.
+    """
+
+    def decays(name: str, p: nn.Parameter) -> bool:
+        if config.decay_prompts:
+            return p.ndim != 1  # scalars have no dimension
+        return p.ndim > 1 and name not in ("context", "region_prompt", "word_prompt")
+
     learned = [(name, p) for name, p in model.named_parameters() if not name.startswith("clip.")]
-    prompts = ("context", "region_prompt", "word_prompt")
-    decayed = [p for name, p in learned if p.ndim > 1 and name not in prompts]
-    plain = [p for name, p in learned if p.ndim <= 1 or name in prompts]
+    decayed = [p for name, p in learned if decays(name, p)]
+    plain = [p for name, p in learned if not decays(name, p)]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain}]
     fused = next(model.parameters()).is_cuda
     return torch.optim.AdamW(
@@ -108,18 +118,47 @@ def logistic_noise(model: CoDe, batch: Batch, seed: int, step: int) -> Tensor:
     return torch.logit(uniform).chunk(process_count(), dim=1)[process_rank()]
 
 
-def evaluate_model(model: CoDe, config: TrainConfig) -> float:
-    """mIoU on --eval-dataset, the images being shared by all processes."""
-    settings = MaskConfig(**MASK_PRESETS.get(config.eval_dataset, {}))
-    limited = EvalConfig(config.eval_dataset, limit=config.eval_limit)
-    benchmark = load_benchmark(config.eval_dataset, config.eval_root)
+def evaluated_on(config: TrainConfig) -> tuple[str, ...]:
+    """The benchmarks of --eval-dataset."""
+    return THESIS_DATASETS if config.eval_dataset == ("all",) else config.eval_dataset
+
+
+def evaluate_model(run: Run) -> float:
+    """Average mIoU on --eval-dataset, the images being shared by all processes.
+
+    eval-STEP.json is written after every benchmark; "average" is null until all are done.
+    """
+    config, model, results = run.config, run.model, []
     model.eval()
-    words = benchmark_words(benchmark, settings)
-    metrics = evaluate(Segmenter(model.clip, model, words, settings), benchmark, limited)
+    for name in evaluated_on(config):
+        settings = MaskConfig(**MASK_PRESETS.get(name, {}), precision=config.precision)
+        benchmark = load_benchmark(name, config.eval_root)
+        segmenter = Segmenter(model.clip, model, benchmark_words(benchmark, settings), settings)
+        results.append(evaluate(segmenter, benchmark, EvalConfig(name, limit=config.eval_limit)))
+        if results[-1]["mIoU"] is None:
+            raise UserError(f"--eval-dataset {name}: no pixel is labelled")
+        whole = len(results) == len(evaluated_on(config))
+        reached = average(results) if whole else None
+        if process_rank() == 0:
+            content = {"step": run.step, "average": reached, "datasets": results}
+            save_text(json.dumps(content, indent=1), Path(config.out, f"eval-{run.step}.json"))
     model.train()
-    if metrics["mIoU"] is None:
-        raise UserError(f"--eval-dataset {config.eval_dataset}: no pixel is labelled")
-    return metrics["mIoU"]
+    return reached
+
+
+def keep_best(run: Run) -> None:
+    """Evaluate; best.pt is the model of the highest average so far, and last.pt remembers it."""
+    reached, out = evaluate_model(run), Path(run.config.out)
+    if reached > run.best and process_rank() == 0:
+        save_checkpoint(model_content(run.model) | {"mIoU": reached}, out / "best.pt")
+    run.best = max(run.best, reached)
+    save_run(run, out / "last.pt")
+
+
+def is_evaluated(run: Run) -> bool:
+    """Whether this step's evaluation is complete: a kill or a signal may have cut it off."""
+    path = Path(run.config.out, f"eval-{run.step}.json")
+    return path.exists() and json.loads(path.read_text("utf-8"))["average"] is not None
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -148,12 +187,41 @@ def check_options(config: TrainConfig, model_config: ModelConfig, loss_config: L
         )
     if beyond := [step for step in config.keep_steps if not 1 <= step <= config.steps]:
         raise UserError(f"--keep-steps {beyond[0]}: not among the {config.steps} steps of the run")
-    if config.eval_dataset:
+    for name in evaluated_on(config):
+        if name not in DATASETS:
+            known = ", ".join(DATASETS)
+            raise UserError(f"--eval-dataset {name}: not one of {known}; or 'all' alone")
         try:
-            load_benchmark(config.eval_dataset, config.eval_root)  # told now, not after an hour
+            load_benchmark(name, config.eval_root)  # told now, not after an hour
         except UserError as error:
-            text = str(error).replace("--root", "--eval-root")
-            raise UserError(text.replace("--dataset", "--eval-dataset")) from None
+            raise UserError(str(error).replace("--root", "--eval-root")) from None
+
+
+def refuse_beside_init(config: TrainConfig, given: Collection[str]) -> None:
+    """Raises UserError where --init stands beside an option of the network, which it brings."""
+    names = {name.removeprefix("no_") for name in given}
+    for f in fields(ModelConfig):
+        if config.init and f.name in names and f.name != "clip_weights":
+            flag = f.name.replace("_", "-")
+            raise UserError(f"--init {config.init}: its network is taken: leave out --{flag}")
+
+
+def build_model(config: TrainConfig, model_config: ModelConfig, device: torch.device) -> CoDe:
+    """The network that is trained: a new one, or with --init that of a checkpoint.
+
+    Raises UserError.
+    """
+    last = Path(config.out, "last.pt")
+    if config.init is None:
+        if config.resume and (init := read_checkpoint(last).get("train_config", {}).get("init")):
+            raise UserError(f"{last}: this run started with --init {init}: give it again")
+        clip = load_clip(model_config.clip, model_config.clip_weights)
+        return CoDe(clip, model_config).to(device)
+    moved = model_config.clip_weights if "clip_weights" in given_options() else None
+    model = load_model(last if config.resume else config.init, device, moved)
+    if len(model.context) == 0:
+        raise UserError(f"--init {config.init}: TCL's network has no learned context to train")
+    return model
 
 
 def main() -> None:
@@ -161,6 +229,7 @@ def main() -> None:
         __doc__, TrainConfig, ModelConfig, LossConfig, presets=TRAIN_PRESETS
     )
     settle(model_config, loss_config, given_options())
+    refuse_beside_init(config, given_options())
     stopping = stop_signals()
     device = choose_device(config.device)
     start_processes(device, config.timeout)
@@ -170,11 +239,12 @@ def main() -> None:
     torch.manual_seed(config.seed)
     with first_process_first():  # which fetches NLTK's data and CLIP's weights
         tagger = shapes_tagger() if config.preset == "shapes" else nltk_tagger()
-        clip = load_clip(model_config.clip, model_config.clip_weights)
+        model = build_model(config, model_config, device)
+    settle(model.config, loss_config, given_options())
     if config.eval_dataset:
-        check_world(clip, [config.eval_dataset], f"--clip {model_config.clip}", "--eval-dataset")
+        named = config.init or f"--clip {model_config.clip}"
+        check_world(model.clip, evaluated_on(config), named, "--eval-dataset")
 
-    model = CoDe(clip, model_config).to(device)
     parts = (make_optimizer(model, config), make_scaler(device, precision))
     data = zlib.crc32("\n".join(source.names).encode(errors="surrogateescape"))
     run = Run(model, *parts, config, loss_config, precision, data=data)
@@ -199,7 +269,7 @@ def main() -> None:
         next_worker=run.next_worker,
     )
     if process_rank() == 0:
-        configs = {"train": config, "model": model_config, "loss": loss_config}
+        configs = {"train": config, "model": model.config, "loss": loss_config}
         configs = {name: asdict(value) for name, value in configs.items()}
         save_text(json.dumps(configs, indent=1), Path(config.out, "config.json"))
     smaller = "a smaller --batch-size, or more processes that share it"
@@ -227,6 +297,9 @@ def train(run: Run, loader: Iterable[Batch | UserError], stopping: Sequence[floa
     def every(steps: int) -> bool:
         return run.step % steps == 0 or run.step == config.steps
 
+    evaluates = len(config.eval_dataset) > 0
+    if evaluates and run.step > 0 and every(config.eval_every) and not is_evaluated(run):
+        keep_best(run)
     while run.step < config.steps:
         # Two phases: the copy of the last visual block joins in the second.
         if ddp is None or run.step == unfreeze_step:
@@ -255,23 +328,19 @@ def train(run: Run, loader: Iterable[Batch | UserError], stopping: Sequence[floa
         run.step += 1
 
         stop = any_process(bool(stopping))
-        evaluates = config.eval_dataset is not None and every(config.eval_every)
         if every(config.log_every) or stop:
             more = {"grad_norm": norm, "mask_area": d.soft_v.mean()}
             more |= {f"{k}_temperature": 1 / scale for k, scale in model.logit_scales().items()}
             log.write(run.step, rate, terms, more)
         if run.step in config.keep_steps and process_rank() == 0:  # again, if killed before last.pt
             save_checkpoint(model_content(model), out / f"step-{run.step}.pt")
-        if every(config.checkpoint_every) or evaluates or stop:
-            save_run(run, out / "last.pt")
-        if evaluates:  # after saving: whatever happens in it, the steps are kept
-            reached = evaluate_model(model, config)
-            if reached > run.best and process_rank() == 0:
-                save_checkpoint(model_content(model) | {"mIoU": reached}, out / "best.pt")
-            run.best = max(run.best, reached)
+        due = evaluates and every(config.eval_every)
+        if every(config.checkpoint_every) or due or stop:
             save_run(run, out / "last.pt")
         if stop:
             break
+        if due:  # after saving: whatever happens in it, the steps are kept
+            keep_best(run)
     log.close()
     if process_rank() == 0:
         print(f"{out}/last.pt: step {run.step} of {config.steps}")

@@ -1,9 +1,23 @@
 """Segmentation without any training: CLIP's last visual block changed, by a protocol of its own.
 
 MaskCLIP is the prior branch that TCL and the released program mix in (`clip.maskclip`); SCLIP,
-ClearCLIP and NACLIP came later. They publish by another protocol than section 4.1's, which the
-second half of this file is. Its metrics and those of `evaluate.py` are no comparison: the words
-alone may move VOC by ten points.
+ClearCLIP and NACLIP came later. What they change is one function each, below. From the block's
+output to a label map they publish by another protocol than section 4.1's:
+
+1. Channels have CLIP's own statistics. The image is resized to a short side of 336 (Cityscapes 560)
+   and cut into windows of 224, one every 112 pixels; NACLIP takes an image of VOC whole.
+2. A patch's score is its cosine with a name's embedding: the mean over CLIP's 80 templates.
+   Names come from published lists, with several alternatives for a class and, on VOC and
+   COCO-Object, 26 things that surround objects for the background.
+3. Cosines are averaged where windows overlap and resized to the image's own size.
+4. PAMR refines them there (10 iterations, distances 8 and 16), unless --no-pamr.
+5. softmax(40 cosine) over all names of all classes. SCLIP: 65 on VOC, 50 on Context and on
+   COCO-Object.
+6. Of the alternatives of a class the best counts. The label is the arg-max over classes;
+   background where it is below 0.1 or a name of the background is best.
+
+Steps 3 and 6 are `evaluate.Segmenter`'s, like everything that is not written here. Figures of this
+protocol and of `evaluate.py` are no comparison: the words alone may move VOC by ten points.
 
 Examples:
     python training_free.py --dataset voc                        # NACLIP

@@ -1,125 +1,266 @@
-"""The thesis's ablations (sections 4.4, 4.5) on the shapes world: a table and a contact sheet.
+"""The thesis's ablations (sections 4.4, 4.5): tables 4.2 and 4.3, here or on real benchmarks.
 
-    python -m experiments.ablate                             # every row, three or five seeds: hours
-    python -m experiments.ablate --rows baseline c cw cwr    # table 4.2 alone
+    python -m experiments.ablate                               # the shapes world, every row: hours
+    python -m experiments.ablate --rows baseline r c cw cr cwr # table 4.2 alone
+    python -m experiments.ablate --rows baseline c cw cwr --datasets all --root data \\
+        --launch "torchrun --nproc_per_node=4" -- --shards 'data/cc3m-wds/*.tar'
 
-Every run is a `train.py` of its own under --out, one core each. What is done is skipped and what
-was interrupted goes on, so the command can be stopped at any time and given again. It writes
-ablation.md and ablation.png, of the rows that it was given, into --results.
+Every row and seed is a run of `train.py` under --out. What stands behind " -- " are options of all
+of them. Without --datasets they train on the shapes world, one core each, and are measured there;
+with it `evaluate.py` follows each training. What is done is skipped and what was interrupted goes
+on, so the command can be stopped at any time and given again. A run that fails is named, and the
+others go on. It writes ablation.md, of the rows that it was given, and for the shapes world
+ablation.png into --results.
 """
 
 import concurrent.futures
+import contextlib
 import json
 import math
 import os
+import shlex
+import shutil
 import signal
 import statistics
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from checkpoint import fingerprint, read_checkpoint
+from checkpoint import FREE, fingerprint, read_checkpoint
 from clip import load_clip
-from config import MASK_PRESETS, TRAIN_PRESETS, UserError, option, parse, run_script
+from config import (
+    MASK_PRESETS,
+    TRAIN_PRESETS,
+    LossConfig,
+    ModelConfig,
+    TrainConfig,
+    UserError,
+    given_options,
+    option,
+    parse,
+    run_script,
+    settle,
+)
+from data import open_source
+from datasets import DATASETS, THESIS_DATASETS, load_benchmark
 from experiments.demo import sheet
 from experiments.measure import (
     THRESHOLDS,
     mean_ious,
     segmenter_of,
-    start_training,
     training_seconds,
     true_mask_accuracy,
     word_assignment_accuracy,
 )
 from support.draw import save_png
 from support.files import save_text
+from train import refuse_beside_init
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+PROGRAMS = Path(__file__).parents[1]
 
 
 @dataclass
 class AblateConfig:
-    """Which rows, over which seeds."""
+    """Which rows, over which seeds, measured on what."""
 
     rows: tuple[str, ...] = option((), "rows to train and to show (default: all)")
     seeds: tuple[int, ...] = option(
-        (), "training seeds (default: 0 to 4 in table 4.2, 0 to 2 in the others)"
+        (), "training seeds (default: 0; on the shapes world 0 to 4 in table 4.2, else 0 to 2)"
     )
-    steps: int = option(TRAIN_PRESETS["shapes"]["steps"], "training steps", low=1)
-    scenes: int = option(500, "held-out scenes that the metrics are measured on", low=1)
-    jobs: int = option(os.cpu_count() or 1, "runs at the same time, one thread each", low=1)
+    datasets: tuple[str, ...] = option(
+        (), "benchmarks, or 'all' for the six of the thesis (default: the shapes world)"
+    )
+    root: str = option("data", "folder with the raw benchmark folders")
+    launch: str = option("", "what starts train.py and evaluate.py, such as torchrun with options")
+    scenes: int = option(500, "held-out scenes of the shapes world that are measured on", low=1)
+    jobs: int | None = option(
+        None, "runs at the same time (default: 1; on the shapes world one a core)", low=1
+    )
     out: str = option("out/ablation", "folder for the runs, ROW/SEED")
-    results: str = option("results", "folder for ablation.md and ablation.png")
+    results: str = option("results", "folder for the tables; those of benchmarks: benchmarks.md")
+
+    @property
+    def on_shapes(self) -> bool:
+        return not self.datasets
 
 
 @dataclass
 class Row:
-    """One variant: the options of `train.py`, the row it is compared with, the thesis's average."""
+    """One variant: its options of `train.py`, the rows it is compared with where they stand in the
+    same table, and what the thesis reports: mIoU of the six benchmarks, average, hours."""
 
     title: str
     options: tuple[str, ...]
-    against: str | None
-    thesis: float | None = None  # mIoU over six benchmarks
+    against: tuple[str, ...] = ()
+    thesis: tuple[float, ...] = ()
+    average: float | None = None
+    hours: int | None = None
+
+
+def as_options(values: dict) -> tuple[str, ...]:
+    """Values of fields as options: {"lr": 0.1, "resume": True} -> --lr 0.1 --resume."""
+    words = []
+    for name, value in values.items():
+        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return tuple(words)
 
 
 CONTRASTS = ("--image-contrast", "0.1", "--region-contrast", "0.1")  # the thesis's
 
 ROWS = {
-    "baseline": Row("image segmenter only", ("--no-co-decomposition",), None, 29.8),
-    "c": Row("+ C", ("--no-word-prompt", "--no-region-prompt"), "baseline", 31.0),
-    "cw": Row("+ C + W", ("--no-region-prompt",), "c", 31.3),
-    "cr": Row("+ C + R", ("--no-word-prompt",), "c"),
-    "cwr": Row("+ C + W + R (CoDe)", (), "cw", 31.8),
-    "hcl_0.05": Row("λ_hcl = 0.05", ("--lambda-hcl", "0.05"), "cwr", 30.6),
-    "hcl_0.1": Row("λ_hcl = 0.1", ("--lambda-hcl", "0.1"), "cwr", 31.2),
-    "hcl_0.25": Row("λ_hcl = 0.25", ("--lambda-hcl", "0.25"), "cwr", 31.7),
-    "hcl_0.75": Row("λ_hcl = 0.75", ("--lambda-hcl", "0.75"), "cwr", 31.5),
-    "hcl_1.0": Row("λ_hcl = 1.0", ("--lambda-hcl", "1.0"), "cwr", 30.8),
-    "nouns": Row("bare noun embeddings", ("--no-word-segments",), "cwr", 30.2),
-    "release": Row("released pseudo-labels", ("--pseudo-labels", "release"), "cwr"),
-    "alone_0.1": Row("image segmenter only, at 0.1", ("--no-co-decomposition", *CONTRASTS), None),
-    "cwr_0.1": Row("CoDe, at 0.1", CONTRASTS, "alone_0.1"),
+    "baseline": Row(
+        "image segmenter only",
+        ("--no-co-decomposition",),
+        thesis=(54.4, 27.6, 32.7, 22.5, 25.0, 16.6),
+        average=29.8,
+        hours=8,
+    ),
+    # Its image contrast sees regions among P^v, as CoDe's does: the control for what the text adds.
+    "r": Row("image segmenter + R", ("--lambda-hcl", "0", "--lambda-seg-t", "0"), ("baseline",)),
+    "c": Row(
+        "+ C",
+        ("--no-word-prompt", "--no-region-prompt"),
+        ("baseline",),
+        thesis=(56.2, 29.2, 32.9, 23.3, 27.5, 17.0),
+        average=31.0,
+    ),
+    "cw": Row(
+        "+ C + W",
+        ("--no-region-prompt",),
+        ("c",),
+        thesis=(56.1, 29.3, 32.6, 23.6, 29.0, 17.3),
+        average=31.3,
+    ),
+    "cr": Row("+ C + R", ("--no-word-prompt",), ("c", "r")),
+    "cwr": Row(
+        "+ C + W + R (CoDe)",
+        (),
+        ("baseline", "r", "cw", "cr"),
+        thesis=(57.7, 30.5, 32.3, 23.9, 28.9, 17.7),
+        average=31.8,
+        hours=12,
+    ),
+    "hcl_0.05": Row("λ_hcl = 0.05", ("--lambda-hcl", "0.05"), ("baseline", "cwr"), average=30.6),
+    "hcl_0.1": Row("λ_hcl = 0.1", ("--lambda-hcl", "0.1"), ("baseline", "cwr"), average=31.2),
+    "hcl_0.25": Row("λ_hcl = 0.25", ("--lambda-hcl", "0.25"), ("baseline", "cwr"), average=31.7),
+    "hcl_0.75": Row("λ_hcl = 0.75", ("--lambda-hcl", "0.75"), ("baseline", "cwr"), average=31.5),
+    "hcl_1.0": Row("λ_hcl = 1.0", ("--lambda-hcl", "1.0"), ("baseline", "cwr"), average=30.8),
+    "nouns": Row("bare noun embeddings", ("--no-word-segments",), ("cwr",), average=30.2),
+    "labels": Row("released pseudo-labels", ("--pseudo-labels", "release"), ("cwr",)),
+    "release": Row(
+        "trained as the release (--preset release)",
+        as_options(TRAIN_PRESETS["release"]),
+        ("cwr",),
+    ),
+    "alone_0.1": Row("image segmenter only, at 0.1", ("--no-co-decomposition", *CONTRASTS)),
+    "cwr_0.1": Row("CoDe, at 0.1", CONTRASTS, ("alone_0.1",)),
 }
+PARTS = ("baseline", "r", "c", "cw", "cr", "cwr")
 TABLES = {
-    "The parts of the method (the thesis's table 4.2)": ("baseline", "c", "cw", "cr", "cwr"),
+    "The parts of the method (the thesis's table 4.2)": PARTS,
     "The weight of L_hcl (table 4.3)": (
-        *("hcl_0.05", "hcl_0.1", "hcl_0.25", "cwr", "hcl_0.75", "hcl_1.0"),
+        *("baseline", "hcl_0.05", "hcl_0.1", "hcl_0.25", "cwr", "hcl_0.75", "hcl_1.0"),
     ),
-    "What a region is aligned with (section 4.4), and the pseudo-labels of L_seg^t": (
-        *("cwr", "nouns", "release"),
+    "What a region is aligned with (section 4.4), and what the release does otherwise": (
+        *("cwr", "nouns", "labels", "release"),
     ),
-    "The contrasts at the thesis's 0.1 (here: 0.5)": ("baseline", "cwr", "alone_0.1", "cwr_0.1"),
+    "The contrasts at the thesis's 0.1 (the preset of the shapes world: 0.5)": (
+        *("baseline", "cwr", "alone_0.1", "cwr_0.1"),
+    ),
 }
+SHAPES_ALONE = ("alone_0.1", "cwr_0.1")  # elsewhere 0.1 is the default
 
-
-PARTS = next(iter(TABLES.values()))
 # Student's t at 95 % for two rows of so many seeds: how many standard errors are no noise.
 NOISE = {2: 4.30, 3: 2.78, 4: 2.45, 5: 2.31}
 
 
-# --- the runs -------------------------------------------------------------------------------------
+# --- what is checked first ------------------------------------------------------------------------
+
+
+def rows_of(config: AblateConfig) -> tuple[str, ...]:
+    """The rows that are asked for. Raises UserError."""
+    if unknown := [name for name in config.rows if name not in ROWS]:
+        raise UserError(f"--rows {unknown[0]}: not one of {', '.join(ROWS)}")
+    for flag in ("rows", "seeds", "datasets"):
+        values = getattr(config, flag)
+        if len(set(values)) < len(values):
+            raise UserError(f"--{flag} {' '.join(map(str, values))}: one of them stands twice")
+    known = [name for name in ROWS if config.on_shapes or name not in SHAPES_ALONE]
+    return config.rows or tuple(known)
 
 
 def seeds_of(name: str, config: AblateConfig) -> Sequence[int]:
-    return config.seeds or range(5 if name in PARTS else 3)
+    default = 1 if not config.on_shapes else 5 if name in PARTS else 3
+    return config.seeds or range(default)
 
 
-def run_folder(name: str, seed: int, config: AblateConfig) -> Path:
-    return Path(config.out) / name / str(seed)
+def benchmarks_of(config: AblateConfig) -> tuple[str, ...]:
+    return THESIS_DATASETS if config.datasets == ("all",) else config.datasets
 
 
-def check_settings(names: Sequence[str], config: AblateConfig) -> None:
-    """Note in --out what all its runs were made with. Raises UserError if that was another."""
-    settings = {"--steps": config.steps, "--scenes": config.scenes}
-    settings |= {"the preset": TRAIN_PRESETS["shapes"], "the masks' preset": MASK_PRESETS["shapes"]}
-    settings["the CLIP"] = fingerprint(load_clip("shapes"))
-    settings |= {f"the row {name}": ROWS[name].options for name in names}
+def training_options(name: str, seed: int, config: AblateConfig, shared: Sequence[str]) -> list:
+    """Options of `train.py` for one run: the shared ones, then the row's own."""
+    world = ["--preset", "shapes", "--workers", "0", "--checkpoint-every", "100"]
+    options = [*(world if config.on_shapes else ()), *shared, *ROWS[name].options]
+    return [*options, "--seed", str(seed), "--out", str(run_folder(name, seed, config))]
+
+
+def check_training(name: str, config: AblateConfig, shared: Sequence[str]) -> dict:
+    """What a row trains with, but for the seed and what may change. Raises UserError."""
+    words = training_options(name, 0, config, shared)
+    configs = (TrainConfig, ModelConfig, LossConfig)
+    train, model, loss = parse("", *configs, presets=TRAIN_PRESETS, words=words)
+    settle(model, loss, given_options(words))
+    refuse_beside_init(train, given_options(words))
+    if train.init and not Path(train.init).is_file():
+        raise UserError(f"--init {train.init}: no such file")
+    values = asdict(train) | asdict(model) | asdict(loss)
+    return {k: v for k, v in values.items() if k not in (*FREE, "seed")}
+
+
+def check_all(names: Sequence[str], config: AblateConfig, shared: Sequence[str]) -> None:
+    """Look at everything before anything is trained, and note in --out what its runs are made with.
+
+    Raises UserError, also if the runs in --out were made with something else.
+    """
+    for flag in ("seed", "out", "resume"):
+        if flag in given_options(shared):
+            raise UserError(f"-- --{flag}: every run has its own: --seeds and --out say which")
+    given = given_options()
+    for flag in ("root", "launch") if config.on_shapes else ("scenes",):
+        if flag in given:
+            raise UserError(f"--{flag}: {'only' if config.on_shapes else 'not'} with --datasets")
+    if config.launch and shutil.which(shlex.split(config.launch)[0]) is None:
+        raise UserError(f"--launch {config.launch}: no such program")
+    settings = {f"the row {name}": check_training(name, config, shared) for name in names}
+    if config.on_shapes:
+        settings |= {"--scenes": config.scenes, "the masks' preset": MASK_PRESETS["shapes"]}
+        settings["the CLIP"] = fingerprint(load_clip("shapes"))
+    else:
+        for dataset in benchmarks_of(config):
+            if dataset not in DATASETS:
+                raise UserError(f"--datasets {dataset}: not one of {', '.join(DATASETS)}, or 'all'")
+            load_benchmark(dataset, config.root)
+        words = training_options(names[0], 0, config, shared)
+        kinds = (TrainConfig, ModelConfig, LossConfig)
+        open_source(parse("", *kinds, presets=TRAIN_PRESETS, words=words)[0])
     settings = json.loads(json.dumps(settings))  # as they are read back
     path = Path(config.out) / "settings.json"
     before = json.loads(path.read_text("utf-8")) if path.exists() else {}
     for name, value in settings.items():
         if before.get(name, value) != value:
+            was = before[name]
+            if isinstance(value, dict):  # the first field that differs is enough
+                name += f", {next(k for k in value if value[k] != was.get(k))}"
             raise UserError(
                 f"{config.out}: its runs are of other options ({name}); remove it, or name another "
                 "--out"
@@ -127,55 +268,160 @@ def check_settings(names: Sequence[str], config: AblateConfig) -> None:
     save_text(json.dumps(before | settings, indent=1), path)
 
 
-def run_once(name: str, seed: int, config: AblateConfig, trainings: set[subprocess.Popen]) -> None:
+# --- the runs -------------------------------------------------------------------------------------
+
+
+def run_folder(name: str, seed: int, config: AblateConfig) -> Path:
+    return Path(config.out) / name / str(seed)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[tuple[int, ...]]:
+    """Files to be inherited by the processes of a run: as long as one of them lives, this refuses.
+
+    So a training that outlived a killed ablation is not joined by a second one in its folder.
+    Raises UserError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        if fcntl is None:
+            yield ()
+            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder}: another process is still at work in it") from None
+        yield (lock.fileno(),)
+
+
+def run_program(
+    program: str,
+    options: Sequence[str],
+    folder: Path,
+    config: AblateConfig,
+    inherited: tuple[int, ...],
+    running: set[subprocess.Popen],
+) -> None:
+    """A program of this repository in processes of its own, to its end; what it says goes to
+    output.txt. Raises UserError if it fails."""
+    command = [*(shlex.split(config.launch) or [sys.executable]), str(PROGRAMS / program), *options]
+    settings = dict(os.environ)
+    if config.on_shapes:
+        # Of such small trainings two side by side are faster than one after the other.
+        settings |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    with open(folder / "output.txt", "a+", encoding="utf-8") as output:
+        start = output.tell()
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=settings, pass_fds=inherited
+        )
+        running.add(process)
+        code = process.wait()
+        running.remove(process)
+        if code:
+            output.seek(start)
+            lines = [line for line in output.read().splitlines() if line.strip()] or ["no message"]
+            # torchrun's report follows what the process itself said.
+            line = next((line for line in lines if ": error: " in line), lines[-1])
+            raise UserError(f"{program} ended with exit code {code}: {line}")
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether a run is at its last step."""
+    if not (folder / "last.pt").exists():
+        return False
+    content = read_checkpoint(folder / "last.pt")
+    return content["step"] == content["train_config"]["steps"]
+
+
+def run_once(
+    name: str,
+    seed: int,
+    config: AblateConfig,
+    shared: Sequence[str],
+    running: set[subprocess.Popen],
+) -> None:
     """Train one row with one seed, going on from its last checkpoint if it has one; measure it."""
     folder = run_folder(name, seed, config)
-    options = [*ROWS[name].options, "--seed", str(seed), "--steps", str(config.steps)]
-    options += ["--checkpoint-every", "100"]
-    options += ["--resume"] if (folder / "last.pt").exists() else []
-    training = start_training(folder, *options)
-    trainings.add(training)
-    line = (training.communicate()[1].strip().splitlines() or ["no message"])[-1]
-    trainings.remove(training)
-    if training.returncode:
-        raise UserError(f"{folder}: training ended with exit code {training.returncode}: {line}")
-    if read_checkpoint(folder / "last.pt")["step"] < config.steps:
-        raise KeyboardInterrupt  # it was asked to stop, and saved
+    with claimed(folder) as inherited:
+        started = (folder / "last.pt").exists()
+        if not is_trained(folder):
+            options = training_options(name, seed, config, shared)
+            options += ["--resume"] if started else []
+            run_program("train.py", options, folder, config, inherited, running)
+        if not is_trained(folder):
+            raise UserError("its training was stopped")  # by a signal, and it saved
+        if config.on_shapes:
+            measure_on_shapes(folder, config.scenes)
+        for dataset in benchmarks_of(config):
+            options = ["--dataset", dataset, "--root", config.root]
+            options += ["--checkpoint", str(folder / "last.pt")]
+            options += ["--json", str(metrics_file(folder, dataset))]
+            if not metrics_file(folder, dataset).exists():
+                run_program("evaluate.py", options, folder, config, inherited, running)
 
+
+def metrics_file(folder: Path, dataset: str = "") -> Path:
+    """Of a benchmark, or of the shapes world. It exists when the measurement is complete."""
+    return folder / f"metrics{dataset and '-' + dataset}.json"
+
+
+def measure_on_shapes(folder: Path, scenes: int) -> None:
     segmenter = segmenter_of(folder / "last.pt")
-    metrics = {"mIoU": mean_ious(segmenter, config.scenes)}
-    metrics["true_masks"] = true_mask_accuracy(segmenter.model, config.scenes)
+    metrics = {"mIoU": mean_ious(segmenter, scenes)}
+    metrics["true_masks"] = true_mask_accuracy(segmenter.model, scenes)
     if segmenter.model.decomposes_text:
-        metrics["words"] = word_assignment_accuracy(segmenter.model, config.scenes)
+        metrics["words"] = word_assignment_accuracy(segmenter.model, scenes)
     metrics["seconds"] = training_seconds(folder)
-    save_text(json.dumps(metrics, indent=1), folder / "metrics.json")
+    save_text(json.dumps(metrics, indent=1), metrics_file(folder))
 
 
-def run_all(names: Sequence[str], config: AblateConfig) -> None:
-    """All runs that are missing, `jobs` at a time."""
+def is_done(name: str, seed: int, config: AblateConfig) -> bool:
+    folder = run_folder(name, seed, config)
+    return all(metrics_file(folder, d).exists() for d in benchmarks_of(config) or ("",))
+
+
+def run_all(names: Sequence[str], config: AblateConfig, shared: Sequence[str]) -> list[str]:
+    """All runs that are missing, `jobs` at a time; returns what failed and why."""
     wanted = [(name, seed) for name in names for seed in seeds_of(name, config)]
     wanted.sort(key=lambda job: job[1])  # one seed of every row after the other
-    missing = [job for job in wanted if not (run_folder(*job, config) / "metrics.json").exists()]
+    missing = [job for job in wanted if not is_done(*job, config)]
     print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are done", flush=True)
-    torch.set_num_threads(1)
-    trainings: set[subprocess.Popen] = set()  # those that run now
-    with concurrent.futures.ThreadPoolExecutor(config.jobs) as pool:
-        futures = {pool.submit(run_once, *job, config, trainings): job for job in missing}
+    jobs = config.jobs or (os.cpu_count() or 1 if config.on_shapes else 1)
+    if config.on_shapes:
+        torch.set_num_threads(1)
+    running: set[subprocess.Popen] = set()
+    failed = []
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(run_once, *job, config, shared, running): job for job in missing}
         try:
             for future in concurrent.futures.as_completed(futures):
-                future.result()
-                print(f"{run_folder(*futures[future], config)}: done", flush=True)
+                folder = run_folder(*futures[future], config)
+                try:
+                    future.result()
+                    print(f"{folder}: done", flush=True)
+                except UserError as error:
+                    failed.append(f"{folder}: {error}")
+                    print(f"{failed[-1]} (see output.txt there)", file=sys.stderr, flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for training in list(trainings):
-                training.terminate()  # finishes its step and saves
+            for process in list(running):
+                process.terminate()  # a training finishes its step and saves
             raise
+    return failed
 
 
 def read_metrics(name: str, config: AblateConfig) -> list[dict]:
-    """Of every seed of a row."""
-    folders = [run_folder(name, seed, config) for seed in seeds_of(name, config)]
-    return [json.loads((folder / "metrics.json").read_text("utf-8")) for folder in folders]
+    """Of every seed of a row: the shapes world's, or mIoU by benchmark and seconds."""
+    found = []
+    for seed in seeds_of(name, config):
+        folder = run_folder(name, seed, config)
+        if config.on_shapes:
+            found.append(json.loads(metrics_file(folder).read_text("utf-8")))
+            continue
+        files = {d: metrics_file(folder, d).read_text("utf-8") for d in benchmarks_of(config)}
+        mious = {dataset: json.loads(text)["mIoU"] for dataset, text in files.items()}
+        found.append({"mIoU": mious, "seconds": training_seconds(folder)})
+    return found
 
 
 # --- what is written ------------------------------------------------------------------------------
@@ -208,82 +454,141 @@ def verdict(values: Sequence[float], others: Sequence[float]) -> str:
     return f"{difference:+.1f} ± {error:.1f}, {side}"
 
 
-def table(names: Sequence[str], rows: dict[str, list[dict]]) -> list[str]:
-    """Markdown lines of one table."""
+def differences(name: str, mious: dict[str, list[float]]) -> str:
+    """A row beside the rows of its table that it is compared with."""
+    return "; ".join(
+        f"{verdict(mious[name], mious[other])} (to {ROWS[other].title})"
+        for other in ROWS[name].against
+        if other in mious
+    )
+
+
+def shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def shapes_table(names: Sequence[str], rows: dict[str, list[dict]]) -> list[str]:
+    """Markdown lines of one table, measured on the shapes world."""
     lines = [
         "| | mIoU | at its best threshold | difference | words assigned: nouns / adjectives "
         "| zero-shot on true regions / words | minutes a run | thesis (avg. of six) |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    names = [name for name in names if name in rows]
+    mious = {name: [run["mIoU"]["0.4"] for run in rows[name]] for name in names}
     for name in names:
-        at = {t: [f["mIoU"][str(t)] for f in rows[name]] for t in THRESHOLDS}
+        at = {t: [run["mIoU"][str(t)] for run in rows[name]] for t in THRESHOLDS}
         best = max(THRESHOLDS, key=lambda t: statistics.mean(at[t]))
-        other, difference = ROWS[name].against, ""
-        if other in names:
-            difference = verdict(at[0.4], [f["mIoU"]["0.4"] for f in rows[other]])
-            difference += f" (to {ROWS[other].title})"
-        thesis = ROWS[name].thesis
         cells = [
             ROWS[name].title,
-            mean_and_deviation(at[0.4]),
+            mean_and_deviation(mious[name]),
             f"{mean_and_deviation(at[best])} ({best})",
-            difference,
+            differences(name, mious),
             percentages(rows[name], "words", ("nouns", "adjectives")),
             percentages(rows[name], "true_masks", ("regions", "words")),
-            f"{statistics.median(f['seconds'] for f in rows[name]) / 60:.1f}",
-            "" if thesis is None else f"{thesis:.1f}",
+            f"{statistics.median(run['seconds'] for run in rows[name]) / 60:.1f}",
+            shown(ROWS[name].average),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def report(rows: dict[str, list[dict]], maskclip: dict, config: AblateConfig) -> str:
-    """results/ablation.md."""
-    lines = [
-        "# Ablations on the shapes world",
-        "",
-        f"Made by `python -m experiments.ablate`: {config.steps} steps a run; mIoU with "
-        f"background in percent on {config.scenes} held-out scenes, refined, threshold 0.4: mean "
-        "± standard deviation of the seeds. A difference is beyond the noise when it exceeds "
-        "Student's t at 95 % times its standard error. *Words assigned*: words whose likeliest "
-        "class (Eq. 3.3) is their noun. *Zero-shot*: accuracy of the frozen CLIP, twelve objects, "
-        "on highlighted true regions and on highlighted true words, with the row's prompt "
-        "everywhere else. The last column is the thesis's own, ViT-B/16 on six benchmarks, not "
-        "measured here.",
-        "",
-        f"Without any training (MaskCLIP): {maskclip['0.4']:.1f}.",
-    ]
+def benchmark_table(names: Sequence[str], rows: dict[str, list[dict]]) -> list[str]:
+    """The same, measured on benchmarks: under each row what the thesis reports of it."""
+    datasets = list(rows[names[0]][0]["mIoU"])
+    head = ["", *datasets, "average", "difference of the averages", "hours"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    averages = {n: [statistics.mean(run["mIoU"].values()) for run in rows[n]] for n in names}
+    for name in names:
+        row, runs = ROWS[name], rows[name]
+        cells = [row.title]
+        cells += [
+            mean_and_deviation([run["mIoU"][dataset] for run in runs]) for dataset in datasets
+        ]
+        cells += [mean_and_deviation(averages[name]), differences(name, averages)]
+        cells += [f"{statistics.median(run['seconds'] for run in runs) / 3600:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+        if row.average is not None:
+            reported = dict(zip(THESIS_DATASETS, row.thesis))
+            cells = ["*reported in the thesis*", *(shown(reported.get(d)) for d in datasets)]
+            whole = datasets == list(THESIS_DATASETS)  # its average is that of all six
+            cells += [shown(row.average if whole else None), "", str(row.hours or "")]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+NOISE_TEXT = (
+    "A difference is beyond the noise when it exceeds Student's t at 95 % times its standard error."
+)
+SHAPES_TEXT = f"""\
+# Ablations on the shapes world
+
+Made by `python -m experiments.ablate`: {{steps}} steps a run; mIoU with background in percent on
+{{scenes}} held-out scenes, refined, threshold 0.4: mean ± standard deviation of the seeds.
+{NOISE_TEXT} *Words assigned*: words whose likeliest class (Eq. 3.3) is their noun. *Zero-shot*:
+accuracy of the frozen CLIP, twelve objects, on highlighted true regions and on highlighted true
+words, with the row's prompt everywhere else. The last column is the thesis's own, ViT-B/16 on six
+benchmarks, not measured here.
+
+Without any training (MaskCLIP): {{maskclip:.1f}}."""
+BENCHMARKS_TEXT = f"""\
+# Ablations on benchmarks
+
+Made by `python -m experiments.ablate`: {{steps}} steps a run; mIoU in percent by section 4.1, with
+several seeds mean ± standard deviation. {NOISE_TEXT} Hours are those of training. The thesis
+reports one run a row, on four RTX 2080 Ti."""
+
+
+def report(rows: dict[str, list[dict]], text: str, config: AblateConfig) -> str:
+    """The page of all tables in which a row was trained."""
+    lines = [text]
     for title, names in TABLES.items():
         # Rows of the first table stand in others too, where they alone compare nothing.
         if any(name in rows for name in names if name not in PARTS or names == PARTS):
-            seeds = ", ".join(f"{len(rows[n])} of {ROWS[n].title}" for n in names if n in rows)
+            names = [name for name in names if name in rows]
+            seeds = ", ".join(f"{len(rows[name])} of {ROWS[name].title}" for name in names)
+            table = shapes_table if config.on_shapes else benchmark_table
             lines += ["", f"## {title}", "", f"Seeds: {seeds}.", "", *table(names, rows)]
-    lines += ["", "![Scenes, and the regions of every row of the first table](ablation.png)"]
     return "\n".join(lines)
 
 
-def main() -> None:
-    (config,) = parse(__doc__, AblateConfig)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both ways of stopping are one
-    names = config.rows or tuple(ROWS)
-    if unknown := [name for name in names if name not in ROWS]:
-        raise UserError(f"--rows {unknown[0]}: not one of {', '.join(ROWS)}")
-    for given, values in (("--rows", names), ("--seeds", config.seeds)):
-        if len(set(values)) < len(values):
-            raise UserError(f"{given} {' '.join(map(str, values))}: one of them stands twice")
-    check_settings(names, config)
-    run_all(names, config)
+def write_results(names: Sequence[str], config: AblateConfig) -> None:
+    """The tables of the rows whose runs are all done, and on the shapes world their sheet."""
+    complete = [n for n in names if all(is_done(n, seed, config) for seed in seeds_of(n, config))]
+    if not complete:
+        return
+    results, rows = Path(config.results), {name: read_metrics(name, config) for name in complete}
+    first = run_folder(complete[0], seeds_of(complete[0], config)[0], config)
+    facts = {"steps": json.loads((first / "config.json").read_text("utf-8"))["train"]["steps"]}
+    if config.on_shapes:
+        maskclip = segmenter_of(None)
+        facts |= {"scenes": config.scenes, "maskclip": mean_ious(maskclip, config.scenes)["0.4"]}
+        segmenters = {"MaskCLIP": maskclip}
+        for name in (name for name in PARTS if name in complete):
+            folder = run_folder(name, seeds_of(name, config)[0], config)
+            segmenters[ROWS[name].title] = segmenter_of(folder / "last.pt")
+        save_png(sheet(segmenters, rows=6), results / "ablation.png")
+        text = report(rows, SHAPES_TEXT.format(**facts), config)
+        text += "\n\n![Scenes, and the regions of every row of the first table](ablation.png)"
+        written = results / "ablation.md"
+    else:
+        text = report(rows, BENCHMARKS_TEXT.format(**facts), config)
+        written = results / "benchmarks.md"
+    save_text(text, written)
+    print(f"{text}\n\n{written}")
 
-    results, rows = Path(config.results), {name: read_metrics(name, config) for name in names}
-    text = report(rows, mean_ious(segmenter_of(None), config.scenes), config)
-    shown = {"MaskCLIP": None}
-    for name in (name for name in PARTS if name in names):
-        shown[ROWS[name].title] = run_folder(name, seeds_of(name, config)[0], config) / "last.pt"
-    segmenters = {title: segmenter_of(path) for title, path in shown.items()}
-    save_png(sheet(segmenters, rows=6), results / "ablation.png")
-    save_text(text, results / "ablation.md")
-    print(f"{text}\n\n{results / 'ablation.md'}, {results / 'ablation.png'}")
+
+def main() -> None:
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
+    shared = words[cut + 1 :]
+    (config,) = parse(__doc__, AblateConfig, words=words[:cut])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both ways of stopping are one
+    names = rows_of(config)
+    check_all(names, config, shared)
+    failed = run_all(names, config, shared)
+    write_results(names, config)
+    if failed:
+        raise UserError(f"{len(failed)} runs failed, {failed[0]}; give the command again")
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def test_best_pt_is_the_best_evaluation_not_the_last_one(tmp_path, monkeypatch):
     """Each evaluation comes after the checkpoint of its step: what it breaks loses no step."""
     found, saved = iter([20.0, 30.0, 10.0]), []
 
-    def scripted(model, config) -> float:
+    def scripted(run) -> float:
         saved.append(read_checkpoint(tmp_path / "last.pt")["step"])
         return next(found)
 
@@ -156,7 +156,7 @@ def test_best_pt_is_the_best_evaluation_not_the_last_one(tmp_path, monkeypatch):
     model = random_model()
     batch = replace(some_batch(model), position=(0, 0, 1))
     config = TrainConfig(
-        out=str(tmp_path), steps=6, batch_size=3, lr=1e-2, eval_dataset="shapes", eval_every=2
+        out=str(tmp_path), steps=6, batch_size=3, lr=1e-2, eval_dataset=("shapes",), eval_every=2
     )
     weights = [model.learned_state()["context"].clone()]
     record = train.Log.record

@@ -14,7 +14,15 @@ import torch
 
 from checkpoint import load_model
 from clip import visual_hidden
-from config import LossConfig, MaskConfig, UserError
+from config import (
+    TRAIN_PRESETS,
+    LossConfig,
+    MaskConfig,
+    ModelConfig,
+    TrainConfig,
+    UserError,
+    parse,
+)
 from data import Batch, collate
 from evaluate import Segmenter
 from losses import code_loss
@@ -165,8 +173,11 @@ def test_training_step_as_released():
         np.testing.assert_allclose(row[: end + 1], want[: end + 1], atol=1e-5)
         shifted = max(shifted, np.abs(want - words)[: end + 1].max())
     assert shifted > 0.005  # the values do tell the two apart
-    config = LossConfig(lambda_kg=4.0, pseudo_labels="release")
-    terms = code_loss(decomposition, model, config, batch.noun_labels)
+    # With the options of --preset release: every term and every gradient.
+    configs, preset = (TrainConfig, ModelConfig, LossConfig), ["--preset", "release"]
+    _, network, losses = parse("", *configs, presets=TRAIN_PRESETS, words=preset)
+    assert network.text_attention == model.config.text_attention
+    terms = code_loss(decomposition, model, losses, batch.noun_labels)
     check_losses_and_gradients(model, terms, expected, more_than=20)
 
 
