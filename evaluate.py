@@ -448,11 +448,16 @@ def check_predictions(config: EvalConfig, benchmarks: Sequence[Benchmark]) -> No
     for benchmark in benchmarks:
         folder = folder_of(config.predictions, benchmark, config)
         stems = benchmark.stems[: config.limit]
-        if missing := missing_files(folder / f"{stem}.png" for stem in stems):
-            raise UserError(
-                f"--predictions {folder}: {len(missing)} of the {len(stems)} label maps of "
-                f"{benchmark.name} are missing, {missing[0].name} first"
-            )
+        refuse_missing_maps(folder, stems, benchmark.name, f"--predictions {folder}")
+
+
+def refuse_missing_maps(folder: Path, stems: Sequence[str], dataset: str, option: str) -> None:
+    """Raises UserError, naming the option, where a folder lacks the label map of an image."""
+    if missing := missing_files(folder / f"{stem}.png" for stem in stems):
+        raise UserError(
+            f"{option}: {len(missing)} of the {len(stems)} label maps of {dataset} are missing, "
+            f"{missing[0].name} first"
+        )
 
 
 def read_prediction(
@@ -505,18 +510,46 @@ def average(results: list[dict]) -> float | None:
     return None if None in values else fmean(values)
 
 
+# The thesis's table 4.1, in its order: what a method was trained on, its mIoU on THESIS_DATASETS,
+# and the average of the six. None: not reported.
+REPORTED: dict[str, tuple[str, tuple[float | None, ...]]] = {
+    "GroupViT": ("CC3M+CC12M+YFCC14M", (49.5, 19.0, 24.3, 12.6, 6.9, 8.7, 20.2)),
+    "ViL-Seg": ("CC12M", (37.3, 18.9, 18.1, None, None, None, None)),
+    "ViewCo": ("CC12M+YFCC14M", (52.4, 23.0, 23.5, None, None, None, None)),
+    "OVSegmentor": ("CC12M", (53.8, 20.4, 25.1, None, None, None, None)),
+    "SimSeg": ("CC3M+CC12M", (57.4, 26.2, 29.7, None, None, None, None)),
+    "TCL": ("CC3M+CC12M", (55.0, 30.4, 31.6, 22.4, 24.0, 17.1, 30.1)),
+    "SegCLIP": ("CC3M+COCO", (52.6, 24.7, 26.5, None, None, None, None)),
+    "CoCu": ("CC3M+CC12M+YFCC14M", (51.4, 23.6, 22.7, 15.2, 22.1, 12.3, 24.6)),
+    "PGSeg": ("CC12M+RedCaps12M", (53.2, 23.8, 28.7, None, None, None, None)),
+    "CoDe": ("CC3M+CC12M", (57.7, 30.5, 32.3, 23.9, 28.9, 17.7, 31.8)),
+}
+COLUMNS = ("VOC", "Context", "Object", "Stuff", "City", "ADE", "Avg.")  # of table 4.1
+
+
 def table_4_1(results: list[dict]) -> str:
-    """The row of the thesis's table 4.1 for our metrics, above the thesis's own."""
-    header = ["", "VOC", "Context", "Object", "Stuff", "City", "ADE", "Avg."]
+    """The row of the thesis's table 4.1 for our metrics, above CoDe's in the thesis."""
     ours = [*(result["mIoU"] for result in results), average(results)]
     partial = " (partial)" if any(result["partial"] for result in results) else ""
+    _, reported = REPORTED["CoDe"]
     rows = [
-        header,
-        ["---"] * len(header),
-        [f"{results[0]['method']}{partial}", *("-" if f is None else f"{f:.1f}" for f in ours)],
-        ["CoDe, as the thesis reports it", "57.7", "30.5", "32.3", "23.9", "28.9", "17.7", "31.8"],
+        ["", *COLUMNS],
+        [f"{results[0]['method']}{partial}", *map(one_decimal, ours)],
+        ["CoDe, as the thesis reports it", *map(one_decimal, reported)],
     ]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown_table(rows)
+
+
+def one_decimal(value: float | None) -> str:
+    """A metric as tables show it."""
+    return "-" if value is None else f"{value:.1f}"
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the header first, as lines of Markdown."""
+    header, *others = rows
+    lines = [header, ["---"] * len(header), *others]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 # --- the script -----------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def from_files(
         label=label,
         **more,
     )
-    chosen = np.unique(np.linspace(0, len(files) - 1, LOOKED_AT, dtype=int)).tolist()
+    chosen = spread(len(files))
     maps = {benchmark.stems[i]: ids_in(raw_label(i)) for i in chosen}
     for i in chosen:
         if unknown := unknown_ids(maps[benchmark.stems[i]], table):
@@ -155,6 +155,11 @@ def from_files(
     if guess:
         raise UserError(f"the label maps of {name} in {files[0][1].parent}: {guess}")
     return benchmark
+
+
+def spread(count: int) -> list[int]:
+    """Indices of LOOKED_AT label maps, evenly over a set of so many (of all of them, if fewer)."""
+    return np.unique(np.linspace(0, count - 1, LOOKED_AT, dtype=int)).tolist()
 
 
 # --- files ----------------------------------------------------------------------------------------
