@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import random_clip, random_model
 from PIL import Image
 
+import training_free
 from clip import dense_embedding, embed_texts, tokenize, visual_hidden
 from config import EvalConfig, MaskConfig, UserError
 from datasets import DATASETS, Benchmark, load_benchmark
@@ -33,6 +34,7 @@ from training_free import (
     DENSE,
     TrainingFree,
     TrainingFreeConfig,
+    for_benchmark,
     segmenter_of,
     training_free_names,
 )
@@ -315,3 +317,33 @@ def test_running_out_of_memory_is_an_error():
         raise torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(RuntimeError, match="another"), enough_memory(""):
         raise RuntimeError("another")
+
+
+def test_the_steps_that_the_docstrings_tell_have_the_figures_of_the_options():
+    """So that nobody needs to open config.py for them."""
+    thesis, free = MaskConfig(), TrainingFreeConfig()
+    told = " ".join(Segmenter.__doc__.split())
+    for sentence in (
+        f"a short side of {thesis.short_side}",
+        f"one every {thesis.stride} pixels",
+        f"{1 - thesis.prior_weight} mask + {thesis.prior_weight} sigmoid("
+        f"{thesis.prior_scale:.0f} (s - {thesis.prior_bias}))",
+        f"no mask exceeds {thesis.threshold} ({MaskConfig(pamr=False).threshold} without PAMR)",
+        f"x^v on {4 * thesis.window // 16} x {4 * thesis.window // 16} cells",
+    ):
+        assert sentence in told, sentence
+    told = " ".join(training_free.__doc__.split())
+    city, object_ = (
+        for_benchmark(TrainingFreeConfig(method="sclip"), name)
+        for name in ("cityscapes", "coco_object")
+    )
+    for sentence in (
+        f"a short side of {free.short_side} (Cityscapes {city.short_side})",
+        f"windows of {free.window}, one every {free.stride} pixels",
+        "distances {} and {}".format(*free.pamr_dilations),
+        f"softmax({free.softmax_scale:.0f} cosine)",
+        f"65 on VOC, {object_.softmax_scale:.0f} on Context",
+        f"where it is below {free.background}",
+        f"{len(training_free_names('voc')[0].split(','))} things that surround",
+    ):
+        assert sentence in told, sentence

@@ -14,6 +14,7 @@ from runs import ENVIRONMENT, TINY, log, train
 import support.log
 from checkpoint import load_model, read_checkpoint
 from config import TrainConfig
+from datasets import load_benchmark
 from support.device import make_scaler, update_scale
 from train import learning_rate, main
 
@@ -100,6 +101,41 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     load_model(tmp_path / "best.pt", CPU)
 
 
+def test_several_benchmarks_and_an_evaluation_that_was_cut_off(tmp_path, monkeypatch):
+    """The best is that of the average; what a kill left out is made up when the run goes on."""
+    values = {"shapes": iter([30.0, 20.0, 60.0]), "other": iter([40.0, 70.0, 20.0])}
+    broken = iter([False, False, False, True, False, False, False, False])
+
+    def scripted(segmenter, benchmark, config) -> dict:
+        if next(broken):
+            raise KeyboardInterrupt  # as a kill would, between two benchmarks
+        assert segmenter.precision == torch.bfloat16 and config.limit == 5
+        return {"dataset": config.dataset, "mIoU": next(values[config.dataset])}
+
+    names, shapes_world = ("shapes", "other"), load_benchmark("shapes", "")
+    monkeypatch.setattr("train.evaluated_on", lambda config: names)
+    monkeypatch.setattr("train.load_benchmark", lambda name, root: shapes_world)
+    monkeypatch.setattr("train.evaluate", scripted)
+    given = [*TINY, "--steps", "6", "--out", tmp_path, "--workers", "0", "--precision", "bfloat16"]
+    given += ["--eval-dataset", *names, "--eval-every", "2", "--eval-limit", "5"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, given)])
+    monkeypatch.setattr("train.check_world", lambda *arguments: None)
+    monkeypatch.setattr("train.DATASETS", names)
+    with pytest.raises(KeyboardInterrupt):
+        main()
+    cut_off = json.loads((tmp_path / "eval-4.json").read_text())
+    assert cut_off["average"] is None and [r["mIoU"] for r in cut_off["datasets"]] == [20.0]
+    assert read_checkpoint(tmp_path / "last.pt")["step"] == 4
+    assert read_checkpoint(tmp_path / "best.pt")["mIoU"] == 35.0
+    values["shapes"] = iter([20.0, 60.0])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--resume"])
+    main()
+    found = [json.loads((tmp_path / f"eval-{step}.json").read_text()) for step in (2, 4, 6)]
+    assert [content["average"] for content in found] == [35.0, 45.0, 40.0]
+    assert read_checkpoint(tmp_path / "best.pt")["mIoU"] == 45.0
+    assert read_checkpoint(tmp_path / "last.pt")["best"] == 45.0
+
+
 def test_named_steps_are_kept(tmp_path):
     options = (*TINY, "--steps", "4", "--out", tmp_path)
     train(*options, "--keep-steps", "2", "4")
@@ -184,7 +220,7 @@ def test_learning_rate():
     [
         ((), "data/cc3m-wds/*.tar data/cc12m-wds/*.tar"),
         ((), "--preset shapes needs no data"),
-        (("--preset", "shape"), "--preset shape: not one of thesis, shapes"),
+        (("--preset", "shape"), "--preset shape: not one of thesis, release, shapes"),
         (("--steps", "many"), "invalid int value: 'many'"),
         (("--lr", "nan"), "--lr nan: must be a finite number"),
         (("--lambda-hcl", "inf"), "--lambda-hcl inf: must be a finite number"),
