@@ -27,6 +27,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import torch
 from PIL import Image
 
@@ -41,8 +42,8 @@ from config import (
     parse,
     run_script,
 )
-from data import BadSample, nltk_tagger, read_image, select_nouns, shapes_tagger
-from evaluate import Segmenter, alternatives, load_method, read_names, resize
+from data import BadSample, Tagger, nltk_tagger, read_image, select_nouns, shapes_tagger
+from evaluate import Scores, Segmenter, alternatives, load_method, read_names, resize
 from model import CoDe, word_mask
 from support.device import choose_device
 from support.draw import (
@@ -90,6 +91,16 @@ class SegmentConfig:
 
 
 @dataclass
+class Search:
+    """What is looked for in an image: words, or the nouns of its caption."""
+
+    segmenter: Segmenter
+    names: list[str]  # what the queries are called
+    caption: str | None = None
+    masks: np.ndarray | None = None  # (J, words): m^t of the caption's words
+
+
+@dataclass
 class Result:
     """One image and what was found in it."""
 
@@ -97,6 +108,16 @@ class Result:
     image: Image.Image
     best: np.ndarray  # (H, W): the highest mask
     labels: np.ndarray  # (H, W): 0 is background, i the i-th query
+
+
+@dataclass
+class Done:
+    """What the files about all images hold of one."""
+
+    path: Path
+    search: Search
+    found: dict  # of --json
+    item: dict | None  # of --html
 
 
 @functools.cache
@@ -172,6 +193,19 @@ def refuse_broken_text(text: str) -> None:
         raise UserError(f"{text!r}: its bytes are not UTF-8") from None
 
 
+def clean_caption(text: str, where: str) -> str:
+    """A caption without words that are nothing to CLIP. Raises UserError for one that is empty, or
+    longer than CLIP's text tower; where: what the message begins with."""
+    refuse_broken_text(text)
+    pieces = {word: len(tokens_of(word)) for word in text.split()}
+    words = [word for word in text.split() if pieces[word]]
+    if not words:
+        raise UserError(f"{where}: it is empty")
+    if (count := sum(pieces[word] for word in words)) > 75:
+        raise UserError(f"{where}: {count} tokens, but CLIP's text tower holds 75")
+    return " ".join(words)
+
+
 def name_of_output(path: Path, taken: Collection[str]) -> str:
     """The image's name without its suffix, shorter where a file system could not take the names
     that are made of it, and numbered where another image has it (taken: in lower case)."""
@@ -202,14 +236,15 @@ def queries(words: Sequence[str], config: SegmentConfig, settings: MaskConfig) -
         if not words:
             raise UserError("no words to look for: name some after the images, or a --caption")
         return list(words)
-    if not config.caption:
-        raise UserError("--caption: it is empty")
-    nouns = select_nouns(
-        config.caption, shapes_tagger() if config.preset == "shapes" else nltk_tagger()
-    )
+    nouns = select_nouns(config.caption, tagger_of(config.preset))
     if not nouns:
         raise UserError(f"--caption {config.caption!r}: no nouns found in it; name words instead")
     return nouns
+
+
+def tagger_of(preset: str) -> Tagger:
+    """Raises UserError where NLTK's data cannot be fetched."""
+    return shapes_tagger() if preset == "shapes" else nltk_tagger()
 
 
 def first_name(line: str) -> str:
@@ -249,6 +284,16 @@ def make_segmenter(words: Sequence[str], settings: MaskConfig, preset: str) -> S
     """A segmenter of words in any image: with a checkpoint by section 4.1, without one by the
     protocol of methods without training, in which the things that may surround the words are the
     background's. Raises UserError."""
+    clip, model = load_networks(settings, preset)
+    if settings.checkpoint is not None:
+        return Segmenter(clip, model, words, settings)
+    if settings.background_words is None:
+        settings = replace(settings, background_words=surroundings(words, preset))
+    return TrainingFree(clip, model, words, settings)
+
+
+def load_networks(settings: MaskConfig, preset: str) -> tuple[open_clip.CLIP, CoDe | None]:
+    """CLIP and the trained model, if the method has one. Raises UserError."""
     check_method(settings)
     if settings.checkpoint is not None and settings.method not in ("code", "maskclip"):
         raise UserError(f"--method {settings.method} and --checkpoint: give one of them")
@@ -258,11 +303,29 @@ def make_segmenter(words: Sequence[str], settings: MaskConfig, preset: str) -> S
         change = "add --preset shapes" if of_shapes else "leave --preset shapes out"
         change += ' (from Python: preset="shapes")'
         raise UserError(f"this CLIP is {'' if of_shapes else 'not '}the shapes world's: {change}")
-    if settings.checkpoint is not None:
-        return Segmenter(clip, model, words, settings)
-    if settings.background_words is None:
-        settings = replace(settings, background_words=surroundings(words, preset))
-    return TrainingFree(clip, model, words, settings)
+    return clip, model
+
+
+def load_code(settings: MaskConfig, preset: str, option: str) -> tuple[open_clip.CLIP, CoDe]:
+    """CLIP and a model that segments text too. Raises UserError; option: whose message it is."""
+    message = f"{option}: this method has no text segmenter; name words instead"
+    if settings.checkpoint is None:  # before CLIP's weights are fetched
+        raise UserError(f"{message}, or a --checkpoint of CoDe")
+    clip, model = load_networks(settings, preset)
+    if model is None or not model.decomposes_text:
+        raise UserError(message)
+    return clip, model
+
+
+def search_caption(
+    clip: open_clip.CLIP, model: CoDe, caption: str, nouns: list[str], settings: MaskConfig
+) -> Search:
+    """A search for the nouns of a caption of 75 tokens at most, its words segmented.
+
+    Raises UserError.
+    """
+    segmenter = Segmenter(clip, model, nouns, settings)
+    return Search(segmenter, nouns, caption, word_masks(model, caption, nouns))
 
 
 def surroundings(words: Sequence[str], preset: str) -> str:
@@ -276,12 +339,9 @@ def surroundings(words: Sequence[str], preset: str) -> str:
 def word_masks(model: CoDe, caption: str, nouns: Sequence[str]) -> np.ndarray:
     """m^t of every word between spaces: (J, words), the mean of a word's tokens.
 
-    Raises UserError for a caption that is longer than CLIP's text tower.
+    caption: of `clean_caption`, so that every word has a token and CLIP's text tower holds them.
     """
-    pieces = [tokens_of(word) for word in caption.split()]  # none is empty, see `main`
-    count = sum(map(len, pieces))
-    if count > 75:
-        raise UserError(f"--caption: {count} tokens, but CLIP's text tower holds 75")
+    pieces = [tokens_of(word) for word in caption.split()]
     device = model.context.device
     start, end = tokenize([""])[0].tolist()
     tokens = torch.tensor([[start, *(t for piece in pieces for t in piece), end]], device=device)
@@ -292,21 +352,19 @@ def word_masks(model: CoDe, caption: str, nouns: Sequence[str]) -> np.ndarray:
     return torch.stack([part.mean(1) for part in parts], dim=1).numpy()
 
 
-def figure_of(
-    result: Result, names: Sequence[str], caption: str | None, masks: np.ndarray | None
-) -> Image.Image:
+def figure_of(result: Result, search: Search) -> Image.Image:
     """Overlay and legend; with a caption, its words shaded by every noun's mask: figure 4.2."""
-    colours = palette(len(names))
+    colours = palette(len(search.names))
     tinted = overlay(result.image, result.labels - 1, colours)
     size = [side * enlargement(result.image) for side in tinted.size]
     tinted = tinted.resize(size, Image.Resampling.NEAREST)
     width = max(tinted.width, 400)  # of the text, also below a narrow image
     letters = max(14, width // 60)
-    rows = [tinted, legend(names, colours, width, letters)]
-    if masks is not None:
-        for colour, mask in zip(colours, masks):
+    rows = [tinted, legend(search.names, colours, width, letters)]
+    if search.caption is not None:
+        for colour, mask in zip(colours, search.masks):
             shades = [tuple(round(255 + m * (c - 255)) for c in colour) for m in mask]
-            words = list(zip(caption.split(), shades))
+            words = list(zip(search.caption.split(), shades))
             rows.append(coloured_text(words, width, letters, behind=True))
     return below(*rows)
 
@@ -319,6 +377,17 @@ def measure_shares(result: Result, names: Sequence[str]) -> dict:
         mean = float(result.best[region].mean()) if region.any() else None
         found[name] = {"share": float(region.mean()), "score": mean}
     return found
+
+
+def page_of(
+    name: str, image: Image.Image, scores: Scores, search: Search, threshold: float
+) -> dict:
+    """What the page shows of an image: at first the regions above the threshold, with its words."""
+    size = (image.height, image.width)
+    best, labels = scores.label_map(size, -torch.inf)  # the page has a threshold to move
+    index = labels.cpu().numpy() - 1
+    item = page_item(name, image, best.cpu().numpy(), index, search.names, max(threshold, 0.0))
+    return item | word_content(search.caption, search.masks)
 
 
 def check_options(config: SegmentConfig, settings: MaskConfig) -> None:
@@ -335,71 +404,87 @@ def check_options(config: SegmentConfig, settings: MaskConfig) -> None:
         refuse_folder(name)  # not after all the images
 
 
+def search_images(config: SegmentConfig, settings: MaskConfig) -> list[tuple[Path, Search]]:
+    """The same words in every image, or the nouns of one caption. Raises UserError."""
+    paths, words = images_and_words(config.inputs, config.words or ())
+    if config.caption is not None:
+        config.caption = clean_caption(config.caption, "--caption")
+    lines = queries(words, config, settings)
+    if len(lines) > 255:
+        raise UserError(f"{len(lines)} queries: an indexed PNG holds 255 at most")
+    if config.caption is not None:
+        networks = load_code(settings, config.preset, "--caption")
+        search = search_caption(*networks, config.caption, lines, settings)
+    else:
+        if settings.checkpoint is None and "method" not in given_options():
+            print(announcement(settings), flush=True)
+        segmenter = make_segmenter(lines, settings, config.preset)
+        search = Search(segmenter, [first_name(line) for line in lines])
+    asked = settings.names and printable(settings.names)
+    asked = asked or f"{len(lines)} quer{'y' if len(lines) == 1 else 'ies'}"
+    print(search.segmenter.description(asked), flush=True)
+    return [(path, search) for path in paths]
+
+
+def segment_all(
+    searches: Sequence[tuple[Path, Search]], config: SegmentConfig, threshold: float
+) -> list[Done]:
+    """Every image, but for those that could not be read or written, which are named."""
+    taken: set[str] = set()
+    done = []
+    for path, search in searches:
+        name = name_of_output(path, taken)
+        try:
+            done.append(segment_one(path, name, search, config, threshold))
+        except (BadSample, UserError, OSError) as cause:
+            unread = isinstance(cause, BadSample) and path.suffix.lower() not in readable_suffixes()
+            hint = "; Pillow reads no such files here: convert it to PNG" if unread else ""
+            print(f"{sys.argv[0]}: error: {path}: {cause}{hint}", file=sys.stderr)
+            continue
+        taken.add(name.lower())
+        shown = Path(config.out) / f"{name}.overlay.png"
+        print(f"{path}: {summary(done[-1].found)}; {shown}", flush=True)
+    return done
+
+
+def segment_one(
+    path: Path, name: str, search: Search, config: SegmentConfig, threshold: float
+) -> Done:
+    """Read and segment an image, and write its files. Raises BadSample, UserError and OSError."""
+    out, image = Path(config.out), read_image(path, whole=True)
+    scores, size = search.segmenter.scores(image), (image.height, image.width)
+    best, labels = (value.cpu().numpy() for value in scores.label_map(size, threshold))
+    result, colours = Result(name, image, best, labels), palette(len(search.names))
+    save_png(figure_of(result, search), out / f"{name}.overlay.png")
+    flat = [0, 0, 0, *(value for colour in colours for value in colour)]
+    save_png(indexed(labels, flat), out / f"{name}.labels.png")
+    if config.show_scores:
+        for i, score in enumerate(scores.classes, start=1):
+            score = resize(score[None, None], size)[0, 0].cpu().numpy()
+            save_png(heat(image, score), out / f"{name}.score-{i}.png")
+    found = measure_shares(result, search.names)
+    item = page_of(name, image, scores, search, threshold) if config.html else None
+    return Done(path, search, found, item)
+
+
 def main() -> None:
     trained = "checkpoint" in given_options()
     kind = MaskConfig if trained else TrainingFreeConfig
     config, settings = parse(__doc__, SegmentConfig, kind, presets=presets(trained))
     check_options(config, settings)
-    paths, words = images_and_words(config.inputs, config.words or ())
-    if config.caption is not None:
-        refuse_broken_text(config.caption)
-        config.caption = " ".join(word for word in config.caption.split() if tokens_of(word))
-    names = queries(words, config, settings)
-    if len(names) > 255:
-        raise UserError(f"{len(names)} queries: an indexed PNG holds 255 at most")
-    if not (trained or "method" in given_options()):
-        print(announcement(settings), flush=True)
-    segmenter = make_segmenter(names, settings, config.preset)
-    model, masks = segmenter.model, None
-    threshold = -torch.inf if config.no_background else settings.threshold
-    if config.caption is not None:
-        if model is None or not model.decomposes_text:
-            raise UserError("--caption: this method has no text segmenter; name words instead")
-        masks = word_masks(model, config.caption, names)
-    asked = settings.names and printable(settings.names)
-    asked = asked or f"{len(names)} quer{'y' if len(names) == 1 else 'ies'}"
-    print(segmenter.description(asked), flush=True)
-    names = [first_name(line) for line in names]
-    flat_palette = [0, 0, 0, *(value for colour in palette(len(names)) for value in colour)]
-
-    out, taken, found, items, bad = Path(config.out), set(), {}, [], 0
+    searches = search_images(config, settings)
     try:
-        out.mkdir(parents=True, exist_ok=True)  # before the first image is segmented
+        Path(config.out).mkdir(parents=True, exist_ok=True)  # before the first image is segmented
     except OSError as error:
-        raise UserError(f"--out {out} could not be written ({error.strerror})") from error
-    for path in paths:
-        name = name_of_output(path, taken)
-        try:
-            image = read_image(path, whole=True)
-            scores, size = segmenter.scores(image), (image.height, image.width)
-            best, labels = (value.cpu().numpy() for value in scores.label_map(size, threshold))
-            result = Result(name, image, best, labels)
-            save_png(figure_of(result, names, config.caption, masks), out / f"{name}.overlay.png")
-            save_png(indexed(result.labels, flat_palette), out / f"{name}.labels.png")
-            if config.show_scores:
-                for i, score in enumerate(scores.classes, start=1):
-                    score = resize(score[None, None], size)[0, 0].cpu().numpy()
-                    save_png(heat(image, score), out / f"{name}.score-{i}.png")
-        except (BadSample, UserError, OSError) as cause:
-            unread = isinstance(cause, BadSample) and path.suffix.lower() not in readable_suffixes()
-            hint = "; Pillow reads no such files here: convert it to PNG" if unread else ""
-            print(f"{sys.argv[0]}: error: {path}: {cause}{hint}", file=sys.stderr)
-            bad += 1
-            continue
-        taken.add(name.lower())
-        found[str(path)] = measure_shares(result, names)
-        if config.html:
-            _, likeliest = scores.label_map(size, -torch.inf)  # the page has a threshold to move
-            index, shown = likeliest.cpu().numpy() - 1, max(threshold, 0.0)
-            here = page_item(name, image, best, index, names, shown)
-            items.append(here | word_content(config.caption, masks))
-        print(f"{path}: {summary(found[str(path)])}; {out / name}.overlay.png", flush=True)
+        raise UserError(f"--out {config.out} could not be written ({error.strerror})") from error
+    threshold = -torch.inf if config.no_background else settings.threshold
+    done = segment_all(searches, config, threshold)
     if config.json:
-        save_text(json.dumps(found, indent=1), config.json)
-    if config.html and items:
-        write_page(items, config.html)
-    if bad:
-        print(f"{bad} of {len(paths)} images could not be read or written", file=sys.stderr)
+        save_text(json.dumps({str(one.path): one.found for one in done}, indent=1), config.json)
+    if config.html and done:
+        write_page([one.item for one in done], config.html)
+    if bad := len(searches) - len(done):
+        print(f"{bad} of {len(searches)} images could not be read or written", file=sys.stderr)
         sys.exit(2)
 
 
