@@ -4,6 +4,7 @@ Examples:
     python segment.py photo.jpg "a red balloon" grass             # CLIP's own weights: NACLIP
     python segment.py photo.jpg "a red balloon" grass --checkpoint code_released.pth
     python segment.py photo.jpg --caption "a dog and a red ball" --checkpoint code_released.pth
+    python segment.py --captions pairs.txt --checkpoint code_released.pth     # figure 4.2
     python segment.py photos/ person bicycle --html out/page.html
     python segment.py photos --words person photos                # what is a word and a folder too
 
@@ -15,6 +16,9 @@ For every image NAME it writes NAME.overlay.png (regions and a legend; with a ca
 words, shaded by every noun's word mask) and NAME.labels.png (an indexed PNG of the image's size:
 0 is background, i the i-th query), with --show-scores NAME.score-I.png. An image that cannot be
 read, or whose files cannot be written, is named, the others are done, and the exit code is 2.
+
+A line of --captions is an image, a tab and its caption. Instead of overlays all pairs come into one
+sheet, captions.png.
 """
 
 import functools
@@ -29,6 +33,7 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
+from nltk.tokenize import NLTKWordTokenizer
 from PIL import Image
 
 from clip import is_of_shapes, noun_prompts, tokenize, tokens_of
@@ -42,15 +47,26 @@ from config import (
     parse,
     run_script,
 )
-from data import BadSample, Tagger, nltk_tagger, read_image, select_nouns, shapes_tagger
+from data import (
+    BadSample,
+    Tagger,
+    nltk_tagger,
+    read_image,
+    select_nouns,
+    several,
+    shapes_tagger,
+)
+from datasets import reason
 from evaluate import Scores, Segmenter, alternatives, load_method, read_names, resize
 from model import CoDe, word_mask
 from support.device import choose_device
 from support.draw import (
+    Colour,
     below,
     coloured_text,
     enlargement,
     heat,
+    in_bands,
     indexed,
     legend,
     overlay,
@@ -69,6 +85,8 @@ OTHER_SUFFIXES = {
 }
 # Pillow knows these by name, but they are no pictures that it can decode.
 NO_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+# In the sheet of --captions: pairs side by side, and the pixels that a pair and its letters take.
+IN_A_BAND, COLUMN, LETTERS = 4, 360, 17
 
 
 @dataclass
@@ -82,12 +100,25 @@ class SegmentConfig:
         None, "the words, where one of them is also the name of a file or folder"
     )
     caption: str | None = option(None, "take the nouns of this caption, and segment it too")
+    captions: str | None = option(
+        None, "file of pairs, a line each: an image, a tab, its caption; they come into one sheet"
+    )
     no_background: bool = option(False, "every pixel gets the likeliest of the words")
     preset: str = option("thesis", "sizes and constants: thesis, or shapes for its checkpoints")
     out: str = option("out/segment", "folder for the PNGs")
     show_scores: bool = option(False, "write a heat map of every query")
     json: str | None = option(None, "file for every query's share of the image and score")
     html: str | None = option(None, "file for a page with everything in it, to be explored")
+
+
+@dataclass
+class Pair:
+    """A line of --captions."""
+
+    where: str  # what a message about it begins with
+    path: Path
+    caption: str
+    nouns: list[str]
 
 
 @dataclass
@@ -118,6 +149,7 @@ class Done:
     search: Search
     found: dict  # of --json
     item: dict | None  # of --html
+    column: list[Image.Image] | None  # of the sheet of --captions
 
 
 @functools.cache
@@ -242,6 +274,39 @@ def queries(words: Sequence[str], config: SegmentConfig, settings: MaskConfig) -
     return nouns
 
 
+def read_pairs(file: str, preset: str) -> list[Pair]:
+    """The pairs of --captions, images' paths being relative to the file's folder.
+
+    Raises UserError for what is wrong in any line.
+    """
+    try:
+        lines = Path(file).read_text("utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--captions {file}: cannot be read ({reason(error)})") from error
+    pairs = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"--captions {file}, line {number}"
+        given, tab, caption = line.partition("\t")
+        if not tab:
+            raise UserError(f"{where}: no tab between an image and its caption")
+        if not given.strip():
+            raise UserError(f"{where}: no image before the tab")
+        path = Path(file).parent / given.strip()
+        if not os.path.isfile(path):
+            raise UserError(f"{where}: {path}: no such image")
+        pairs.append(Pair(where, path, clean_caption(caption, f"{where}, caption"), []))
+    if not pairs:
+        raise UserError(f"--captions {file}: it is empty")
+    tagger = tagger_of(preset)
+    for pair in pairs:
+        pair.nouns = select_nouns(pair.caption, tagger)
+        if not pair.nouns:
+            raise UserError(f"{pair.where}: no nouns found in {pair.caption!r}")
+    return pairs
+
+
 def tagger_of(preset: str) -> Tagger:
     """Raises UserError where NLTK's data cannot be fetched."""
     return shapes_tagger() if preset == "shapes" else nltk_tagger()
@@ -352,6 +417,21 @@ def word_masks(model: CoDe, caption: str, nouns: Sequence[str]) -> np.ndarray:
     return torch.stack([part.mean(1) for part in parts], dim=1).numpy()
 
 
+def likeliest_nouns(masks: np.ndarray) -> np.ndarray:
+    """Which noun's word segment a word is in: (J, words) of Eq. 3.3 -> (words,), -1 for "none"."""
+    none = 1 - masks.sum(axis=0)
+    return np.stack([none, *masks]).argmax(axis=0) - 1
+
+
+def noun_in(word: str, nouns: Sequence[str]) -> str | None:
+    """The noun that a word between spaces is, as the noun selector reads it: "dog" of "Dog's,"."""
+
+    def tag(text: str) -> list[tuple[str, str]]:
+        return [(part, "NN") for part in NLTKWordTokenizer().tokenize(text)]
+
+    return next((part for part in select_nouns(word, tag) if part in nouns), None)
+
+
 def figure_of(result: Result, search: Search) -> Image.Image:
     """Overlay and legend; with a caption, its words shaded by every noun's mask: figure 4.2."""
     colours = palette(len(search.names))
@@ -367,6 +447,25 @@ def figure_of(result: Result, search: Search) -> Image.Image:
             words = list(zip(search.caption.split(), shades))
             rows.append(coloured_text(words, width, letters, behind=True))
     return below(*rows)
+
+
+def column_of(result: Result, search: Search) -> list[Image.Image]:
+    """A pair in figure 4.2, from above: its text with the nouns underlined, the image, its regions,
+    its word segments. Everything of a noun has one colour."""
+    words, colours = search.caption.split(), palette(len(search.names))
+    colour_of: dict[str | None, Colour] = dict(zip(search.names, colours))
+    nouns = [colour_of.get(noun_in(word, search.names)) for word in words]
+    segments = [colours[i] if i >= 0 else None for i in likeliest_nouns(search.masks)]
+    scale = COLUMN / max(result.image.size)
+    size = [max(1, round(scale * side)) for side in result.image.size]
+    image = result.image.resize(size, Image.Resampling.LANCZOS)
+    labels = Image.fromarray(result.labels.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+    return [
+        coloured_text(list(zip(words, nouns)), COLUMN, LETTERS),
+        image,
+        overlay(image, np.asarray(labels, int) - 1, colours),
+        coloured_text(list(zip(words, segments)), COLUMN, LETTERS, behind=True),
+    ]
 
 
 def measure_shares(result: Result, names: Sequence[str]) -> dict:
@@ -390,6 +489,10 @@ def page_of(
     return item | word_content(search.caption, search.masks)
 
 
+def sheet_of(config: SegmentConfig) -> Path:
+    return Path(config.out) / "captions.png"
+
+
 def check_options(config: SegmentConfig, settings: MaskConfig) -> None:
     """What the dataclasses cannot say. Raises UserError."""
     if config.preset not in ("thesis", "shapes"):
@@ -400,6 +503,12 @@ def check_options(config: SegmentConfig, settings: MaskConfig) -> None:
             raise UserError(f"--no-background and {flag}: give one of them")
     if config.no_background:
         settings.background_words = ""
+    if config.captions is not None:
+        others = {"--caption": config.caption, "--words": config.words, "--names": settings.names}
+        beside = [*config.inputs, *(name for name, value in others.items() if value is not None)]
+        if beside:
+            raise UserError(f"--captions and {beside[0]}: give one of them")
+        refuse_folder(sheet_of(config))
     for name in filter(None, (config.json, config.html)):
         refuse_folder(name)  # not after all the images
 
@@ -426,6 +535,22 @@ def search_images(config: SegmentConfig, settings: MaskConfig) -> list[tuple[Pat
     return [(path, search) for path in paths]
 
 
+def search_pairs(config: SegmentConfig, settings: MaskConfig) -> list[tuple[Path, Search]]:
+    """In the image of every pair the nouns of its caption. Raises UserError."""
+    pairs = read_pairs(config.captions, config.preset)
+    clip, model = load_code(settings, config.preset, "--captions")
+    searches = []
+    for pair in pairs:
+        try:
+            search = search_caption(clip, model, pair.caption, pair.nouns, settings)
+        except UserError as error:  # a noun of very many tokens
+            raise UserError(f"{pair.where}: {error}") from error
+        searches.append((pair.path, search))
+    asked = f"the nouns of {several(len(pairs), 'caption')}"
+    print(searches[0][1].segmenter.description(asked), flush=True)
+    return searches
+
+
 def segment_all(
     searches: Sequence[tuple[Path, Search]], config: SegmentConfig, threshold: float
 ) -> list[Done]:
@@ -442,7 +567,8 @@ def segment_all(
             print(f"{sys.argv[0]}: error: {path}: {cause}{hint}", file=sys.stderr)
             continue
         taken.add(name.lower())
-        shown = Path(config.out) / f"{name}.overlay.png"
+        kind = "overlay" if config.captions is None else "labels"
+        shown = Path(config.out) / f"{name}.{kind}.png"
         print(f"{path}: {summary(done[-1].found)}; {shown}", flush=True)
     return done
 
@@ -454,9 +580,12 @@ def segment_one(
     out, image = Path(config.out), read_image(path, whole=True)
     scores, size = search.segmenter.scores(image), (image.height, image.width)
     best, labels = (value.cpu().numpy() for value in scores.label_map(size, threshold))
-    result, colours = Result(name, image, best, labels), palette(len(search.names))
-    save_png(figure_of(result, search), out / f"{name}.overlay.png")
-    flat = [0, 0, 0, *(value for colour in colours for value in colour)]
+    result, column = Result(name, image, best, labels), None
+    if config.captions is None:
+        save_png(figure_of(result, search), out / f"{name}.overlay.png")
+    else:
+        column = column_of(result, search)
+    flat = [0, 0, 0, *(value for colour in palette(len(search.names)) for value in colour)]
     save_png(indexed(labels, flat), out / f"{name}.labels.png")
     if config.show_scores:
         for i, score in enumerate(scores.classes, start=1):
@@ -464,7 +593,17 @@ def segment_one(
             save_png(heat(image, score), out / f"{name}.score-{i}.png")
     found = measure_shares(result, search.names)
     item = page_of(name, image, scores, search, threshold) if config.html else None
-    return Done(path, search, found, item)
+    return Done(path, search, found, item, column)
+
+
+def found_in_pair(done: Done) -> dict:
+    """What --json holds of a pair: of every noun also the words of its segment."""
+    words, likeliest = done.search.caption.split(), likeliest_nouns(done.search.masks)
+    nouns = {
+        noun: values | {"words": [word for word, k in zip(words, likeliest) if k == i]}
+        for i, (noun, values) in enumerate(done.found.items())
+    }
+    return {"image": str(done.path), "caption": done.search.caption, "nouns": nouns}
 
 
 def main() -> None:
@@ -472,15 +611,22 @@ def main() -> None:
     kind = MaskConfig if trained else TrainingFreeConfig
     config, settings = parse(__doc__, SegmentConfig, kind, presets=presets(trained))
     check_options(config, settings)
-    searches = search_images(config, settings)
+    of_pairs = config.captions is not None
+    searches = search_pairs(config, settings) if of_pairs else search_images(config, settings)
     try:
         Path(config.out).mkdir(parents=True, exist_ok=True)  # before the first image is segmented
     except OSError as error:
         raise UserError(f"--out {config.out} could not be written ({error.strerror})") from error
     threshold = -torch.inf if config.no_background else settings.threshold
     done = segment_all(searches, config, threshold)
+    if of_pairs and done:
+        columns = [one.column for one in done]
+        save_png(in_bands(columns, IN_A_BAND), sheet_of(config))
+        print(f"{sheet_of(config)}: {several(len(done), 'pair')}")
     if config.json:
-        save_text(json.dumps({str(one.path): one.found for one in done}, indent=1), config.json)
+        of_images = {str(one.path): one.found for one in done}
+        found = [found_in_pair(one) for one in done] if of_pairs else of_images
+        save_text(json.dumps(found, indent=1), config.json)
     if config.html and done:
         write_page([one.item for one in done], config.html)
     if bad := len(searches) - len(done):

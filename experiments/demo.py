@@ -21,7 +21,7 @@ from data import select_nouns, shapes_tagger
 from datasets import Benchmark, shapes
 from evaluate import Segmenter, evaluate
 from experiments.measure import segmenter_of, start_training
-from segment import page_of, search_caption
+from segment import noun_in, page_of, search_caption
 from support.draw import below, coloured_text, contact_sheet, legend, overlay, palette, save_png
 from support.files import save_text
 from support.page import write_page
@@ -68,10 +68,10 @@ def train_both(out: Path, steps: int) -> None:
 def caption_image(caption: str, colours: dict[str, tuple], side: int) -> Image.Image:
     """The caption with its nouns underlined, the objects' in the colours of their regions."""
     nouns = select_nouns(caption, shapes_tagger())
-    words = [
-        (word, colours.get(word.strip(","), (150, 150, 150)) if word.strip(",") in nouns else None)
-        for word in caption.split()
-    ]
+    words = []
+    for word in caption.split():
+        noun = noun_in(word, nouns)
+        words.append((word, colours.get(noun, (150, 150, 150)) if noun else None))
     return coloured_text(words, side, 22, height=side)
 
 
