@@ -21,10 +21,10 @@ from data import select_nouns, shapes_tagger
 from datasets import Benchmark, shapes
 from evaluate import Segmenter, evaluate
 from experiments.measure import segmenter_of, start_training
-from segment import word_masks
+from segment import noun_in, page_of, search_caption
 from support.draw import below, coloured_text, contact_sheet, legend, overlay, palette, save_png
 from support.files import save_text
-from support.page import page_item, word_content, write_page
+from support.page import write_page
 
 SCALE = 3  # scenes are shown so many times as large as the network sees them
 
@@ -68,10 +68,10 @@ def train_both(out: Path, steps: int) -> None:
 def caption_image(caption: str, colours: dict[str, tuple], side: int) -> Image.Image:
     """The caption with its nouns underlined, the objects' in the colours of their regions."""
     nouns = select_nouns(caption, shapes_tagger())
-    words = [
-        (word, colours.get(word.strip(","), (150, 150, 150)) if word.strip(",") in nouns else None)
-        for word in caption.split()
-    ]
+    words = []
+    for word in caption.split():
+        noun = noun_in(word, nouns)
+        words.append((word, colours.get(noun, (150, 150, 150)) if noun else None))
     return coloured_text(words, side, 22, height=side)
 
 
@@ -96,12 +96,10 @@ def explore(code: Segmenter, benchmark: Benchmark, i: int) -> dict:
     """What the page shows of a scene: its caption's nouns, their regions and words."""
     caption = shapes.scene("test", i).caption
     nouns = select_nouns(caption, shapes_tagger())
-    segmenter = Segmenter(code.clip, code.model, nouns, code.config)
+    search = search_caption(code.clip, code.model, caption, nouns, code.config)
     image = Image.fromarray(shapes.scene("test", i, scale=SCALE).image)
-    scores, size = segmenter.scores(benchmark.image(i)), (image.height, image.width)
-    best, labels = (value.numpy() for value in scores.label_map(size, 0.0))
-    item = page_item(f"scene {i}", image, best, labels - 1, nouns, segmenter.config.threshold)
-    return item | word_content(caption, word_masks(code.model, caption, nouns))
+    scores = search.segmenter.scores(benchmark.image(i))
+    return page_of(f"scene {i}", image, scores, search, code.config.threshold)
 
 
 def main() -> None:

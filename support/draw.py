@@ -290,6 +290,30 @@ def contact_sheet(
     return sheet
 
 
+def in_bands(
+    columns: Sequence[Sequence[Image.Image]], in_a_band: int, gap: int = 16
+) -> Image.Image:
+    """Columns of as many images side by side, so many in a band, the bands one below the other.
+
+    What stands in one row of a band is centred in it; a line parts the bands.
+    """
+    in_a_band = min(in_a_band, len(columns))
+    side = max(image.width for images in columns for image in images)
+    width, rows = gap + in_a_band * (side + gap), []
+    for start in range(0, len(columns), in_a_band):
+        if start:
+            rows.append(Image.new("RGB", (width, 2), (200, 200, 204)))
+        rows.append(Image.new("RGB", (width, gap), PAPER))
+        for images in zip(*columns[start : start + in_a_band]):
+            height = max(image.height for image in images)
+            row = Image.new("RGB", (width, height + gap), PAPER)
+            for i, image in enumerate(images):
+                x = gap + i * (side + gap) + (side - image.width) // 2
+                row.paste(image, (x, (height - image.height) // 2))
+            rows.append(row)
+    return below(*rows)
+
+
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a PNG. Raises UserError."""
     with whole_file(path) as temporary:

@@ -80,6 +80,26 @@ def test_label_maps_stand_beside_the_image_and_hidden_classes_stay_untinted():
     assert (found[30:] == colour).all(-1).sum() == 15 * 15  # one class in the legend
 
 
+def test_columns_stand_in_bands_and_rows_are_centred():
+    columns = [[Image.new("RGB", (40, 20), c), Image.new("RGB", (20, 10), c)] for c in (RED, BLUE)]
+    columns.append([Image.new("RGB", (20, 40), GREEN), Image.new("RGB", (40, 30), GREEN)])
+    sheet = draw.in_bands([columns[0], columns[2], columns[1]], in_a_band=2, gap=4)
+    first, second = 4 + 44 + 34, 4 + 24 + 14
+    assert sheet.size == (4 + 2 * 44, first + 2 + second)  # 2: the line between them
+    pixels = np.asarray(sheet)
+    for colour, boxes in (
+        (RED, [(4, 4 + 10, 40, 20), (4 + 10, 4 + 44 + 10, 20, 10)]),
+        (GREEN, [(48 + 10, 4, 20, 40), (48, 4 + 44, 40, 30)]),
+        (BLUE, [(4, first + 6, 40, 20), (14, first + 6 + 24, 20, 10)]),
+    ):
+        where = np.zeros(pixels.shape[:2], bool)
+        for x, y, width, height in boxes:
+            where[y : y + height, x : x + width] = True
+        assert np.array_equal((pixels == colour).all(-1), where), colour
+    one = draw.in_bands(columns[:1], in_a_band=2, gap=4)
+    assert one.width == 48  # no room for what is not there
+
+
 def test_text_is_underlined_in_its_colour():
     image = np.asarray(draw.coloured_text([("a", None), ("kite", (0, 200, 0))], 100, height=40))
     assert (image == (0, 200, 0)).all(-1).sum() > 20
