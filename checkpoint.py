@@ -117,13 +117,14 @@ def load_clip_of(config: ModelConfig) -> open_clip.CLIP:
     (`--init`) is called "released" and lies in that file. Raises UserError."""
     if config.clip != "released":
         return load_clip(config.clip, config.clip_weights)
-    state = read_checkpoint(config.clip_weights)["model"]
+    path = config.clip_weights
+    state = read_checkpoint(path)["model"] if os.path.isfile(path) else {}
     if not is_released(state):
         raise UserError(
-            f"--clip-weights {config.clip_weights}: the training started from a released file of "
-            "the authors, whose CLIP is needed: name that file"
+            f"--clip-weights {path}: the training started from a released file of the authors, "
+            "whose CLIP is needed: name that file"
         )
-    return rebuild_released(state, config.clip_weights).clip
+    return rebuild_released(state, path).clip
 
 
 def load_learned(model: CoDe, state: dict[str, torch.Tensor], path: str | Path) -> None:

@@ -118,14 +118,17 @@ class Segmenter:
 
     From words and an image to a label map, with the defaults of `config.MaskConfig` at ViT-B/16:
 
-    1. `slide`: the image is resized to a short side of 448 and cut into windows of 448, one every
-       224 pixels. A window is 28 x 28 patches.
+    1. `slide`: the image is resized to a short side of 448 (the long one at most 2048), normalised
+       by ImageNet's statistics and cut into windows of 448, one every 224 pixels. A window is
+       28 x 28 patches.
     2. `patch_scores`: the image segmenter gives x^v on 112 x 112 cells, and the soft masks are
        sigmoid(w x^v . n_c + b). n_c is the embedding of the learned context and the class name; w
        and b are learned.
-    3. `pamr.pamr` refines the masks by the colours of the window.
+    3. `pamr.pamr` refines the masks by the colours of the window, in 10 iterations over neighbours
+       at distances 1, 2, 4, 8, 12 and 24.
     4. The frozen prior branch (MaskCLIP) is mixed in: 0.7 mask + 0.3 sigmoid(10 (s - 0.25)). s is
-       the cosine of CLIP's own patch with the mean embedding of the class name in nine templates.
+       the cosine of a patch with the mean embedding of the class name in nine templates. A patch's
+       feature is CLIP's, with A = 1 in the last block: each token attends to itself alone.
     5. Windows are averaged where they overlap.
     6. `by_class`: of the alternatives of a class the best counts.
     7. `Scores.label_map`: resized to the image's own size, the arg-max over classes; background
@@ -645,15 +648,15 @@ def main() -> None:
         settings.checkpoint = str(trained)
         if process_rank() == 0:
             print(f"no --checkpoint given: {trained}, where train.py writes", flush=True)
-    with first_process_first():  # which fetches CLIP's weights
-        clip, model = load_method(settings, device)
-    names = [benchmark.name for benchmark in benchmarks]
-    check_world(clip, names, settings.checkpoint or f"--clip {settings.clip}")
-
-    def make(benchmark: Benchmark) -> Segmenter:
-        return Segmenter(clip, model, benchmark_words(benchmark, settings), settings)
-
     with lost_processes():
+        with first_process_first():  # which fetches CLIP's weights
+            clip, model = load_method(settings, device)
+        names = [benchmark.name for benchmark in benchmarks]
+        check_world(clip, names, settings.checkpoint or f"--clip {settings.clip}")
+
+        def make(benchmark: Benchmark) -> Segmenter:
+            return Segmenter(clip, model, benchmark_words(benchmark, settings), settings)
+
         evaluate_all(make, benchmarks, config)
     stop_processes()
 

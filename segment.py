@@ -87,6 +87,7 @@ OTHER_SUFFIXES = {
 NO_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 # In the sheet of --captions: pairs side by side, and the pixels that a pair and its letters take.
 IN_A_BAND, COLUMN, LETTERS = 4, 360, 17
+ON_A_SHEET = 200  # pairs; they take a megabyte or two each
 
 
 @dataclass
@@ -299,6 +300,10 @@ def read_pairs(file: str, preset: str) -> list[Pair]:
         pairs.append(Pair(where, path, clean_caption(caption, f"{where}, caption"), []))
     if not pairs:
         raise UserError(f"--captions {file}: it is empty")
+    if len(pairs) > ON_A_SHEET:
+        raise UserError(
+            f"--captions {file}: {len(pairs)} pairs, a sheet holds {ON_A_SHEET}: split the file"
+        )
     tagger = tagger_of(preset)
     for pair in pairs:
         pair.nouns = select_nouns(pair.caption, tagger)
@@ -373,9 +378,9 @@ def load_networks(settings: MaskConfig, preset: str) -> tuple[open_clip.CLIP, Co
 
 def load_code(settings: MaskConfig, preset: str, option: str) -> tuple[open_clip.CLIP, CoDe]:
     """CLIP and a model that segments text too. Raises UserError; option: whose message it is."""
-    message = f"{option}: this method has no text segmenter; name words instead"
+    message = f"{option}: this method has no text segmenter; name a --checkpoint of CoDe"
     if settings.checkpoint is None:  # before CLIP's weights are fetched
-        raise UserError(f"{message}, or a --checkpoint of CoDe")
+        raise UserError(message)
     clip, model = load_networks(settings, preset)
     if model is None or not model.decomposes_text:
         raise UserError(message)
@@ -508,6 +513,10 @@ def check_options(config: SegmentConfig, settings: MaskConfig) -> None:
         beside = [*config.inputs, *(name for name, value in others.items() if value is not None)]
         if beside:
             raise UserError(f"--captions and {beside[0]}: give one of them")
+        if settings.checkpoint is None:
+            raise UserError(
+                "--captions: this method has no text segmenter; name a --checkpoint of CoDe"
+            )
         refuse_folder(sheet_of(config))
     for name in filter(None, (config.json, config.html)):
         refuse_folder(name)  # not after all the images
@@ -619,16 +628,16 @@ def main() -> None:
         raise UserError(f"--out {config.out} could not be written ({error.strerror})") from error
     threshold = -torch.inf if config.no_background else settings.threshold
     done = segment_all(searches, config, threshold)
-    if of_pairs and done:
-        columns = [one.column for one in done]
-        save_png(in_bands(columns, IN_A_BAND), sheet_of(config))
-        print(f"{sheet_of(config)}: {several(len(done), 'pair')}")
     if config.json:
         of_images = {str(one.path): one.found for one in done}
         found = [found_in_pair(one) for one in done] if of_pairs else of_images
         save_text(json.dumps(found, indent=1), config.json)
     if config.html and done:
         write_page([one.item for one in done], config.html)
+    if of_pairs and done:
+        columns = [one.column for one in done]
+        save_png(in_bands(columns, IN_A_BAND), sheet_of(config))
+        print(f"{sheet_of(config)}: {several(len(done), 'pair')}")
     if bad := len(searches) - len(done):
         print(f"{bad} of {len(searches)} images could not be read or written", file=sys.stderr)
         sys.exit(2)

@@ -27,7 +27,7 @@ from checkpoint import (
     save_checkpoint,
     save_run,
 )
-from clip import load_clip
+from clip import is_of_shapes, load_clip
 from config import (
     MASK_PRESETS,
     TRAIN_PRESETS,
@@ -129,9 +129,10 @@ def evaluate_model(run: Run) -> float:
     eval-STEP.json is written after every benchmark; "average" is null until all are done.
     """
     config, model, results = run.config, run.model, []
+    precision = str(run.precision).removeprefix("torch.")
     model.eval()
     for name in evaluated_on(config):
-        settings = MaskConfig(**MASK_PRESETS.get(name, {}), precision=config.precision)
+        settings = MaskConfig(**MASK_PRESETS.get(name, {}), precision=precision)
         benchmark = load_benchmark(name, config.eval_root)
         segmenter = Segmenter(model.clip, model, benchmark_words(benchmark, settings), settings)
         results.append(evaluate(segmenter, benchmark, EvalConfig(name, limit=config.eval_limit)))
@@ -150,15 +151,30 @@ def keep_best(run: Run) -> None:
     """Evaluate; best.pt is the model of the highest average so far, and last.pt remembers it."""
     reached, out = evaluate_model(run), Path(run.config.out)
     if reached > run.best and process_rank() == 0:
-        save_checkpoint(model_content(run.model) | {"mIoU": reached}, out / "best.pt")
+        content = model_content(run.model) | {"mIoU": reached, "measured_on": measured_on(run)}
+        save_checkpoint(content, out / "best.pt")
     run.best = max(run.best, reached)
     save_run(run, out / "last.pt")
 
 
+def measured_on(run: Run) -> list:
+    """What an average is of: those of other benchmarks or images are no comparison."""
+    return [*evaluated_on(run.config), run.config.eval_limit]
+
+
+def best_so_far(run: Run) -> float:
+    """The average of best.pt, which a kill may have come behind; -1 if there is none of the same
+    images."""
+    path = Path(run.config.out, "best.pt")
+    content = read_checkpoint(path) if path.exists() else {}
+    return content["mIoU"] if content.get("measured_on") == measured_on(run) else -1.0
+
+
 def is_evaluated(run: Run) -> bool:
-    """Whether this step's evaluation is complete: a kill or a signal may have cut it off."""
+    """Whether this step was evaluated to the end and best.pt kept; a kill may have cut it off."""
     path = Path(run.config.out, f"eval-{run.step}.json")
-    return path.exists() and json.loads(path.read_text("utf-8"))["average"] is not None
+    reached = json.loads(path.read_text("utf-8"))["average"] if path.exists() else None
+    return reached is not None and reached <= run.best
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -199,28 +215,38 @@ def check_options(config: TrainConfig, model_config: ModelConfig, loss_config: L
 
 def refuse_beside_init(config: TrainConfig, given: Collection[str]) -> None:
     """Raises UserError where --init stands beside an option of the network, which it brings."""
-    names = {name.removeprefix("no_") for name in given}
-    for f in fields(ModelConfig):
-        if config.init and f.name in names and f.name != "clip_weights":
-            flag = f.name.replace("_", "-")
+    network = {f.name for f in fields(ModelConfig)} - {"clip_weights"}
+    for name in given:
+        if config.init and name.removeprefix("no_") in network:
+            flag = name.replace("_", "-")
             raise UserError(f"--init {config.init}: its network is taken: leave out --{flag}")
 
 
 def build_model(config: TrainConfig, model_config: ModelConfig, device: torch.device) -> CoDe:
     """The network that is trained: a new one, or with --init that of a checkpoint.
 
-    Raises UserError.
+    A run that started so and goes on has its network from last.pt. If this needs CLIP's weights
+    from the authors' file, --init says where that is now. Raises UserError.
     """
     last = Path(config.out, "last.pt")
-    if config.init is None:
-        if config.resume and (init := read_checkpoint(last).get("train_config", {}).get("init")):
-            raise UserError(f"{last}: this run started with --init {init}: give it again")
+    before = read_checkpoint(last) if config.resume else {}
+    init = config.init or before.get("train_config", {}).get("init")
+    if init is None:
         clip = load_clip(model_config.clip, model_config.clip_weights)
         return CoDe(clip, model_config).to(device)
-    moved = model_config.clip_weights if "clip_weights" in given_options() else None
-    model = load_model(last if config.resume else config.init, device, moved)
+    weights = model_config.clip_weights if "clip_weights" in given_options() else None
+    if config.init and weights is None and before.get("model_config", {}).get("clip") == "released":
+        weights = config.init
+    config.init = init
+    model = load_model(last if config.resume else init, device, weights)
     if len(model.context) == 0:
-        raise UserError(f"--init {config.init}: TCL's network has no learned context to train")
+        raise UserError(f"--init {init}: TCL's network has no learned context to train")
+    if is_of_shapes(model.clip) != (config.preset == "shapes"):
+        of_shapes = is_of_shapes(model.clip)
+        change = "add --preset shapes" if of_shapes else "leave --preset shapes out"
+        raise UserError(
+            f"--init {init}: {'' if of_shapes else 'not '}of the shapes world: {change}"
+        )
     return model
 
 
@@ -233,6 +259,27 @@ def main() -> None:
     stopping = stop_signals()
     device = choose_device(config.device)
     start_processes(device, config.timeout)
+    smaller = "a smaller --batch-size, or more processes that share it"
+    fewer = (
+        "often memory or shared memory ran out; fewer --workers need less, --workers 0 no shared "
+        f"memory; --resume goes on from {config.out}/last.pt if there is one"
+    )
+    try:
+        with enough_memory(smaller), lost_processes(fewer):
+            run, stream = prepare_run(config, model_config, loss_config, device)
+            train(run, make_loader(stream, config.workers, device.type == "cuda"), stopping)
+    finally:
+        end_workers()
+    stop_processes()
+
+
+def prepare_run(
+    config: TrainConfig, model_config: ModelConfig, loss_config: LossConfig, device: torch.device
+) -> tuple[Run, PairStream]:
+    """A new run or, with --resume, the one in --out, and where its pairs come from.
+
+    It writes config.json. Raises UserError.
+    """
     check_options(config, model_config, loss_config)
     precision = choose_precision(config.precision, device)
     source = open_source(config)
@@ -240,7 +287,7 @@ def main() -> None:
     with first_process_first():  # which fetches NLTK's data and CLIP's weights
         tagger = shapes_tagger() if config.preset == "shapes" else nltk_tagger()
         model = build_model(config, model_config, device)
-    settle(model.config, loss_config, given_options())
+    settle(model.config, loss_config)  # that of --init may be an ablation's
     if config.eval_dataset:
         named = config.init or f"--clip {model_config.clip}"
         check_world(model.clip, evaluated_on(config), named, "--eval-dataset")
@@ -250,9 +297,11 @@ def main() -> None:
     run = Run(model, *parts, config, loss_config, precision, data=data)
     if config.resume:
         resume_run(run, Path(config.out, "last.pt"))
-        best = Path(config.out, "best.pt")  # a kill may have come between it and last.pt
-        if best.exists():
-            run.best = max(run.best, read_checkpoint(best).get("mIoU", -1.0))
+        run.best = best_so_far(run)
+    if process_rank() == 0:
+        configs = {"train": config, "model": model.config, "loss": loss_config}
+        configs = {name: asdict(value) for name, value in configs.items()}
+        save_text(json.dumps(configs, indent=1), Path(config.out, "config.json"))
     stream = PairStream(
         source,
         tagger,
@@ -268,21 +317,7 @@ def main() -> None:
         start=run.offsets,
         next_worker=run.next_worker,
     )
-    if process_rank() == 0:
-        configs = {"train": config, "model": model.config, "loss": loss_config}
-        configs = {name: asdict(value) for name, value in configs.items()}
-        save_text(json.dumps(configs, indent=1), Path(config.out, "config.json"))
-    smaller = "a smaller --batch-size, or more processes that share it"
-    fewer = (
-        "often memory or shared memory ran out; fewer --workers need less, --workers 0 no shared "
-        f"memory; --resume goes on from {config.out}/last.pt if there is one"
-    )
-    try:
-        with enough_memory(smaller), lost_processes(fewer):
-            train(run, make_loader(stream, config.workers, device.type == "cuda"), stopping)
-    finally:
-        end_workers()
-    stop_processes()
+    return run, stream
 
 
 def train(run: Run, loader: Iterable[Batch | UserError], stopping: Sequence[float] = ()) -> None:

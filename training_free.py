@@ -17,7 +17,9 @@ output to a label map they publish by another protocol than section 4.1's:
    background where it is below 0.1 or a name of the background is best.
 
 Steps 3 and 6 are `evaluate.Segmenter`'s, like everything that is not written here. Figures of this
-protocol and of `evaluate.py` are no comparison: the words alone may move VOC by ten points.
+protocol and of `evaluate.py` are no comparison: the words alone may move VOC by ten points. The
+protocol is NACLIP's, with SCLIP's scales. ClearCLIP's own program has other settings (short side
+448; thresholds 0.5 on VOC, 0.4 on COCO-Object); here it runs by this one.
 
 Examples:
     python training_free.py --dataset voc                        # NACLIP

@@ -9,8 +9,9 @@ Every row and seed is a run of `train.py` under --out. What stands behind " -- "
 of them. Without --datasets they train on the shapes world, one core each, and are measured there;
 with it `evaluate.py` follows each training. What is done is skipped and what was interrupted goes
 on, so the command can be stopped at any time and given again. A run that fails is named, and the
-others go on. It writes ablation.md, of the rows that it was given, and for the shapes world
-ablation.png into --results.
+others go on. What train.py and evaluate.py say is in ROW/SEED/output.txt. The tables of the rows
+that were given go into --results: ablation.md and ablation.png of the shapes world, benchmarks.md
+of benchmarks.
 """
 
 import concurrent.futures
@@ -24,8 +25,10 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
+import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -47,10 +50,12 @@ from config import (
 )
 from data import open_source
 from datasets import DATASETS, THESIS_DATASETS, load_benchmark
+from evaluate import one_decimal
 from experiments.demo import sheet
 from experiments.measure import (
     THRESHOLDS,
     mean_ious,
+    region_and_word_accuracy,
     segmenter_of,
     training_seconds,
     true_mask_accuracy,
@@ -124,7 +129,7 @@ ROWS = {
         average=29.8,
         hours=8,
     ),
-    # Its image contrast sees regions among P^v, as CoDe's does: the control for what the text adds.
+    # L_seg^v looks at regions on P^v, as CoDe's does: the control for what the text adds.
     "r": Row("image segmenter + R", ("--lambda-hcl", "0", "--lambda-seg-t", "0"), ("baseline",)),
     "c": Row(
         "+ C",
@@ -214,17 +219,41 @@ def training_options(name: str, seed: int, config: AblateConfig, shared: Sequenc
     return [*options, "--seed", str(seed), "--out", str(run_folder(name, seed, config))]
 
 
+def configs_of(name: str, config: AblateConfig, shared: Sequence[str]) -> tuple:
+    """What `train.py` reads in the options of a row: TrainConfig, ModelConfig and LossConfig."""
+    words = training_options(name, 0, config, shared)
+    kinds = (TrainConfig, ModelConfig, LossConfig)
+    return parse("", *kinds, presets=TRAIN_PRESETS, words=words)
+
+
 def check_training(name: str, config: AblateConfig, shared: Sequence[str]) -> dict:
     """What a row trains with, but for the seed and what may change. Raises UserError."""
-    words = training_options(name, 0, config, shared)
-    configs = (TrainConfig, ModelConfig, LossConfig)
-    train, model, loss = parse("", *configs, presets=TRAIN_PRESETS, words=words)
-    settle(model, loss, given_options(words))
-    refuse_beside_init(train, given_options(words))
-    if train.init and not Path(train.init).is_file():
-        raise UserError(f"--init {train.init}: no such file")
+    train, model, loss = configs_of(name, config, shared)
+    given = given_options(training_options(name, 0, config, shared))
+    try:
+        settle(model, loss, given)
+        refuse_beside_init(train, given)
+    except UserError as error:
+        raise UserError(f"the row {name}: {error}") from error
     values = asdict(train) | asdict(model) | asdict(loss)
     return {k: v for k, v in values.items() if k not in (*FREE, "seed")}
+
+
+def check_data(name: str, config: AblateConfig, shared: Sequence[str]) -> dict:
+    """What all rows train on and start from, as checksums: paths may change. Raises UserError."""
+    train, model, _ = configs_of(name, config, shared)
+    found = {}
+    if not config.on_shapes:
+        names = "\n".join(open_source(train).names)
+        found["the data"] = zlib.crc32(names.encode(errors="surrogateescape"))
+    if train.init is None:
+        start = fingerprint(load_clip(model.clip, model.clip_weights))
+    elif Path(train.init).is_file():
+        start = zlib.crc32(Path(train.init).read_bytes())
+    else:
+        raise UserError(f"--init {train.init}: no such file")
+    found["the CLIP or --init"] = start
+    return found
 
 
 def check_all(names: Sequence[str], config: AblateConfig, shared: Sequence[str]) -> None:
@@ -241,18 +270,14 @@ def check_all(names: Sequence[str], config: AblateConfig, shared: Sequence[str])
             raise UserError(f"--{flag}: {'only' if config.on_shapes else 'not'} with --datasets")
     if config.launch and shutil.which(shlex.split(config.launch)[0]) is None:
         raise UserError(f"--launch {config.launch}: no such program")
+    for dataset in benchmarks_of(config):
+        if dataset not in DATASETS:
+            raise UserError(f"--datasets {dataset}: not one of {', '.join(DATASETS)}, or 'all'")
+        load_benchmark(dataset, config.root)
     settings = {f"the row {name}": check_training(name, config, shared) for name in names}
+    settings |= check_data(names[0], config, shared)
     if config.on_shapes:
         settings |= {"--scenes": config.scenes, "the masks' preset": MASK_PRESETS["shapes"]}
-        settings["the CLIP"] = fingerprint(load_clip("shapes"))
-    else:
-        for dataset in benchmarks_of(config):
-            if dataset not in DATASETS:
-                raise UserError(f"--datasets {dataset}: not one of {', '.join(DATASETS)}, or 'all'")
-            load_benchmark(dataset, config.root)
-        words = training_options(names[0], 0, config, shared)
-        kinds = (TrainConfig, ModelConfig, LossConfig)
-        open_source(parse("", *kinds, presets=TRAIN_PRESETS, words=words)[0])
     settings = json.loads(json.dumps(settings))  # as they are read back
     path = Path(config.out) / "settings.json"
     before = json.loads(path.read_text("utf-8")) if path.exists() else {}
@@ -260,7 +285,7 @@ def check_all(names: Sequence[str], config: AblateConfig, shared: Sequence[str])
         if before.get(name, value) != value:
             was = before[name]
             if isinstance(value, dict):  # the first field that differs is enough
-                name += f", {next(k for k in value if value[k] != was.get(k))}"
+                name += f", {next(k for k in value | was if value.get(k) != was.get(k))}"
             raise UserError(
                 f"{config.out}: its runs are of other options ({name}); remove it, or name another "
                 "--out"
@@ -275,12 +300,27 @@ def run_folder(name: str, seed: int, config: AblateConfig) -> Path:
     return Path(config.out) / name / str(seed)
 
 
+@dataclass
+class Running:
+    """The processes of all runs that are at work, to be stopped together."""
+
+    processes: set[subprocess.Popen] = field(default_factory=set)
+    stopped: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def stop(self) -> None:
+        with self.lock:
+            self.stopped = True
+            for process in list(self.processes):
+                process.terminate()  # a training finishes its step and saves
+
+
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[tuple[int, ...]]:
-    """Files to be inherited by the processes of a run: as long as one of them lives, this refuses.
+    """A lock on the folder of a run: the file that its processes must inherit to hold it.
 
-    So a training that outlived a killed ablation is not joined by a second one in its folder.
-    Raises UserError.
+    It is free again when the last of them has ended. So a training that outlived a killed ablation
+    is not joined by a second one. Raises UserError while another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
@@ -289,8 +329,10 @@ def claimed(folder: Path) -> Iterator[tuple[int, ...]]:
             return
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"{folder}: another process is still at work in it") from None
+        except OSError:  # a file system without locks
+            pass
         yield (lock.fileno(),)
 
 
@@ -300,7 +342,7 @@ def run_program(
     folder: Path,
     config: AblateConfig,
     inherited: tuple[int, ...],
-    running: set[subprocess.Popen],
+    running: Running,
 ) -> None:
     """A program of this repository in processes of its own, to its end; what it says goes to
     output.txt. Raises UserError if it fails."""
@@ -309,14 +351,17 @@ def run_program(
     if config.on_shapes:
         # Of such small trainings two side by side are faster than one after the other.
         settings |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    with open(folder / "output.txt", "a+", encoding="utf-8") as output:
+    with open(folder / "output.txt", "a+", encoding="utf-8", errors="replace") as output:
         start = output.tell()
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=settings, pass_fds=inherited
-        )
-        running.add(process)
+        with running.lock:  # either it is stopped with the others, or not started
+            if running.stopped:
+                raise UserError("stopped")
+            process = subprocess.Popen(
+                command, stdout=output, stderr=output, env=settings, pass_fds=inherited
+            )
+            running.processes.add(process)
         code = process.wait()
-        running.remove(process)
+        running.processes.discard(process)
         if code:
             output.seek(start)
             lines = [line for line in output.read().splitlines() if line.strip()] or ["no message"]
@@ -338,7 +383,7 @@ def run_once(
     seed: int,
     config: AblateConfig,
     shared: Sequence[str],
-    running: set[subprocess.Popen],
+    running: Running,
 ) -> None:
     """Train one row with one seed, going on from its last checkpoint if it has one; measure it."""
     folder = run_folder(name, seed, config)
@@ -356,8 +401,20 @@ def run_once(
             options = ["--dataset", dataset, "--root", config.root]
             options += ["--checkpoint", str(folder / "last.pt")]
             options += ["--json", str(metrics_file(folder, dataset))]
+            options += evaluation_options(folder, shared)
             if not metrics_file(folder, dataset).exists():
                 run_program("evaluate.py", options, folder, config, inherited, running)
+
+
+def evaluation_options(folder: Path, shared: Sequence[str]) -> list[str]:
+    """Of `evaluate.py`: the device of the trainings, and where CLIP's weights are now."""
+    train, model, _ = parse("", TrainConfig, ModelConfig, LossConfig, words=shared)
+    options = ["--device", train.device]
+    if "clip_weights" in given_options(shared):
+        options += ["--clip-weights", model.clip_weights]
+    elif read_checkpoint(folder / "last.pt")["model_config"]["clip"] == "released" and train.init:
+        options += ["--clip-weights", train.init]
+    return options
 
 
 def metrics_file(folder: Path, dataset: str = "") -> Path:
@@ -371,6 +428,7 @@ def measure_on_shapes(folder: Path, scenes: int) -> None:
     metrics["true_masks"] = true_mask_accuracy(segmenter.model, scenes)
     if segmenter.model.decomposes_text:
         metrics["words"] = word_assignment_accuracy(segmenter.model, scenes)
+        metrics["objects"] = region_and_word_accuracy(segmenter, scenes)
     metrics["seconds"] = training_seconds(folder)
     save_text(json.dumps(metrics, indent=1), metrics_file(folder))
 
@@ -381,16 +439,18 @@ def is_done(name: str, seed: int, config: AblateConfig) -> bool:
 
 
 def run_all(names: Sequence[str], config: AblateConfig, shared: Sequence[str]) -> list[str]:
-    """All runs that are missing, `jobs` at a time; returns what failed and why."""
+    """All runs that are missing, `jobs` at a time; returns what failed and why.
+
+    The page of benchmarks is written anew after every run: the last may be days away.
+    """
     wanted = [(name, seed) for name in names for seed in seeds_of(name, config)]
     wanted.sort(key=lambda job: job[1])  # one seed of every row after the other
     missing = [job for job in wanted if not is_done(*job, config)]
     print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are done", flush=True)
-    jobs = config.jobs or (os.cpu_count() or 1 if config.on_shapes else 1)
+    jobs = config.jobs or (cores() if config.on_shapes else 1)
     if config.on_shapes:
         torch.set_num_threads(1)
-    running: set[subprocess.Popen] = set()
-    failed = []
+    running, failed = Running(), []
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(run_once, *job, config, shared, running): job for job in missing}
         try:
@@ -399,15 +459,24 @@ def run_all(names: Sequence[str], config: AblateConfig, shared: Sequence[str]) -
                 try:
                     future.result()
                     print(f"{folder}: done", flush=True)
-                except UserError as error:
-                    failed.append(f"{folder}: {error}")
+                except Exception as error:  # a full disk, a damaged file: the others go on
+                    reason = str(error) or type(error).__name__
+                    failed.append(f"{folder}: {reason}")
                     print(f"{failed[-1]} (see output.txt there)", file=sys.stderr, flush=True)
+                if not config.on_shapes:
+                    write_results(names, config)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(running):
-                process.terminate()  # a training finishes its step and saves
+            running.stop()
             raise
     return failed
+
+
+def cores() -> int:
+    """How many this process may use: a container has fewer than the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def read_metrics(name: str, config: AblateConfig) -> list[dict]:
@@ -433,7 +502,7 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.1f}{deviation}"
 
 
-def percentages(runs: list[dict], kind: str, parts: tuple[str, str]) -> str:
+def percentages(runs: list[dict], kind: str, parts: Sequence[str]) -> str:
     """Means over the seeds, where the row has this kind of metrics."""
     if kind not in runs[0]:
         return ""
@@ -463,16 +532,13 @@ def differences(name: str, mious: dict[str, list[float]]) -> str:
     )
 
 
-def shown(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
-
-
 def shapes_table(names: Sequence[str], rows: dict[str, list[dict]]) -> list[str]:
     """Markdown lines of one table, measured on the shapes world."""
     lines = [
         "| | mIoU | at its best threshold | difference | words assigned: nouns / adjectives "
-        "| zero-shot on true regions / words | minutes a run | thesis (avg. of six) |",
-        "|---|---|---|---|---|---|---|---|",
+        "| objects right: region / words / both | zero-shot on true regions / words "
+        "| minutes a run | thesis (avg. of six) |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     mious = {name: [run["mIoU"]["0.4"] for run in rows[name]] for name in names}
     for name in names:
@@ -484,9 +550,10 @@ def shapes_table(names: Sequence[str], rows: dict[str, list[dict]]) -> list[str]
             f"{mean_and_deviation(at[best])} ({best})",
             differences(name, mious),
             percentages(rows[name], "words", ("nouns", "adjectives")),
+            percentages(rows[name], "objects", ("regions", "words", "both")),
             percentages(rows[name], "true_masks", ("regions", "words")),
             f"{statistics.median(run['seconds'] for run in rows[name]) / 60:.1f}",
-            shown(ROWS[name].average),
+            one_decimal(ROWS[name].average),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -509,9 +576,9 @@ def benchmark_table(names: Sequence[str], rows: dict[str, list[dict]]) -> list[s
         lines.append("| " + " | ".join(cells) + " |")
         if row.average is not None:
             reported = dict(zip(THESIS_DATASETS, row.thesis))
-            cells = ["*reported in the thesis*", *(shown(reported.get(d)) for d in datasets)]
+            cells = ["*reported in the thesis*", *(one_decimal(reported.get(d)) for d in datasets)]
             whole = datasets == list(THESIS_DATASETS)  # its average is that of all six
-            cells += [shown(row.average if whole else None), "", str(row.hours or "")]
+            cells += [one_decimal(row.average if whole else None), "", str(row.hours or "-")]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -524,7 +591,9 @@ SHAPES_TEXT = f"""\
 
 Made by `python -m experiments.ablate`: {{steps}} steps a run; mIoU with background in percent on
 {{scenes}} held-out scenes, refined, threshold 0.4: mean ± standard deviation of the seeds.
-{NOISE_TEXT} *Words assigned*: words whose likeliest class (Eq. 3.3) is their noun. *Zero-shot*:
+{NOISE_TEXT} *Words assigned*: words whose likeliest class (Eq. 3.3) is their noun, two nouns being
+asked for. *Objects right*: of the objects that captions name, all nouns being asked for, those with
+a region of IoU 50 % or more, those with exactly their words, those with both. *Zero-shot*:
 accuracy of the frozen CLIP, twelve objects, on highlighted true regions and on highlighted true
 words, with the row's prompt everywhere else. The last column is the thesis's own, ViT-B/16 on six
 benchmarks, not measured here.
@@ -534,28 +603,33 @@ BENCHMARKS_TEXT = f"""\
 # Ablations on benchmarks
 
 Made by `python -m experiments.ablate`: {{steps}} steps a run; mIoU in percent by section 4.1, with
-several seeds mean ± standard deviation. {NOISE_TEXT} Hours are those of training. The thesis
-reports one run a row, on four RTX 2080 Ti."""
+several seeds mean ± standard deviation. {NOISE_TEXT} Hours are those of training, by the median of
+its speed. The thesis reports one run a row, on four 2080 Ti."""
 
 
-def report(rows: dict[str, list[dict]], text: str, config: AblateConfig) -> str:
-    """The page of all tables in which a row was trained."""
+def report(
+    asked: Sequence[str], rows: dict[str, list[dict]], text: str, config: AblateConfig
+) -> str:
+    """The page of all tables in which a row was trained; asked: rows that should be in it."""
     lines = [text]
     for title, names in TABLES.items():
-        # Rows of the first table stand in others too, where they alone compare nothing.
+        # A table that only rows of the first one would fill is left out.
         if any(name in rows for name in names if name not in PARTS or names == PARTS):
             names = [name for name in names if name in rows]
             seeds = ", ".join(f"{len(rows[name])} of {ROWS[name].title}" for name in names)
             table = shapes_table if config.on_shapes else benchmark_table
             lines += ["", f"## {title}", "", f"Seeds: {seeds}.", "", *table(names, rows)]
+    if missing := [name for name in asked if name not in rows]:
+        lines += ["", f"Not all runs are done of: {', '.join(missing)}."]
     return "\n".join(lines)
 
 
-def write_results(names: Sequence[str], config: AblateConfig) -> None:
-    """The tables of the rows whose runs are all done, and on the shapes world their sheet."""
+def write_results(names: Sequence[str], config: AblateConfig) -> str:
+    """Write the tables of the rows whose runs are all done, and on the shapes world their sheet;
+    returns what to print."""
     complete = [n for n in names if all(is_done(n, seed, config) for seed in seeds_of(n, config))]
     if not complete:
-        return
+        return "no row has all its runs yet"
     results, rows = Path(config.results), {name: read_metrics(name, config) for name in complete}
     first = run_folder(complete[0], seeds_of(complete[0], config)[0], config)
     facts = {"steps": json.loads((first / "config.json").read_text("utf-8"))["train"]["steps"]}
@@ -567,14 +641,14 @@ def write_results(names: Sequence[str], config: AblateConfig) -> None:
             folder = run_folder(name, seeds_of(name, config)[0], config)
             segmenters[ROWS[name].title] = segmenter_of(folder / "last.pt")
         save_png(sheet(segmenters, rows=6), results / "ablation.png")
-        text = report(rows, SHAPES_TEXT.format(**facts), config)
+        text = report(names, rows, SHAPES_TEXT.format(**facts), config)
         text += "\n\n![Scenes, and the regions of every row of the first table](ablation.png)"
         written = results / "ablation.md"
     else:
-        text = report(rows, BENCHMARKS_TEXT.format(**facts), config)
+        text = report(names, rows, BENCHMARKS_TEXT.format(**facts), config)
         written = results / "benchmarks.md"
     save_text(text, written)
-    print(f"{text}\n\n{written}")
+    return f"{text}\n\n{written}"
 
 
 def main() -> None:
@@ -586,7 +660,7 @@ def main() -> None:
     names = rows_of(config)
     check_all(names, config, shared)
     failed = run_all(names, config, shared)
-    write_results(names, config)
+    print(write_results(names, config))
     if failed:
         raise UserError(f"{len(failed)} runs failed, {failed[0]}; give the command again")
 

@@ -143,7 +143,7 @@ def check_choice(methods: Sequence[Method], config: CompareConfig) -> None:
         "--count": "count" in given_options(),
     }
     given = [flag for flag, used in ways.items() if used]
-    if len(given) > 1 and given[:2] not in (["--worst", "--count"], ["--gain", "--count"]):
+    if len(given) > 1 and given not in (["--worst", "--count"], ["--gain", "--count"]):
         raise UserError(f"{given[0]} and {given[1]}: give one of them")
     if config.gain and (len(config.gain) != 2 or config.gain[0] == config.gain[1]):
         raise UserError(f"--gain {' '.join(config.gain)}: two methods are needed")
@@ -453,6 +453,8 @@ def main() -> None:
     (config,) = parse(__doc__, CompareConfig, presets=MASK_PRESETS)
     if config.dataset is None:
         raise UserError(f"--dataset is needed: one of {', '.join(DATASETS)}")
+    if "RANK" in os.environ:
+        raise UserError("torchrun: a sheet is made by one process, python -m experiments.compare")
     methods = read_methods(config.of)
     check_choice(methods, config)
     check_options(methods, config)

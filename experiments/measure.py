@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
+from PIL import Image
 from torch import Tensor
 
 from clip import (
@@ -33,6 +34,7 @@ from data import select_nouns, shapes_tagger
 from datasets import load_benchmark, shapes
 from evaluate import IoU, Segmenter, benchmark_words, load_method
 from model import CoDe, highlight_image, highlight_text
+from segment import likeliest_nouns, search_caption
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 THRESHOLDS = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)  # of the background; 0.4 is the thesis's
@@ -125,6 +127,39 @@ def word_assignment_accuracy(model: CoDe, scenes: int) -> dict[str, float]:
                 kind = "nouns" if word == noun else "adjectives"
                 found[kind].append(found_class == 1 + asked.index(noun))
     return {kind: 100 * statistics.mean(values or [0]) for kind, values in found.items()}
+
+
+def region_and_word_accuracy(segmenter: Segmenter, scenes: int) -> dict[str, float]:
+    """Regions and words together: of every object that a held-out caption names, in percent.
+
+    All nouns of the caption are asked for. An object's region is that of its noun; its words are
+    those whose likeliest class (Eq. 3.3) is its noun, and should be the noun and its adjectives.
+    "iou": mean IoU of the regions; "precision", "recall": of the words; "regions": share of IoU of
+    at least 50 %; "words": share with exactly the right words; "both": share with both.
+    """
+    ious, right, counts = [], [], np.zeros(3)  # counts: words right, found, true
+    for i in range(scenes):
+        scene = shapes.scene("test", i)
+        caption = scene.caption.replace(",", "")
+        words, nouns = caption.split(), select_nouns(caption, shapes_tagger())
+        networks = segmenter.clip, segmenter.model
+        search = search_caption(*networks, caption, nouns, segmenter.config)
+        labels = search.segmenter.label_map(Image.fromarray(scene.image), True).numpy()
+        owners, likeliest = nouns_of_words(words), likeliest_nouns(search.masks)
+        for k, noun in enumerate(nouns):
+            if noun not in (thing.noun for thing in scene.things):
+                continue  # a surface, which has no label
+            region, truth = labels == k + 1, scene.label == 1 + list(shapes.OBJECTS).index(noun)
+            ious.append((region & truth).sum() / (region | truth).sum())
+            found = {place for place, index in enumerate(likeliest) if index == k}
+            true = {place for place, owner in enumerate(owners) if owner == noun}
+            counts += len(found & true), len(found), len(true)
+            right.append((ious[-1] >= 0.5, found == true))
+    regions, exact = np.array(right).T
+    shares = {"iou": np.mean(ious), "precision": counts[0] / max(1, counts[1])}
+    shares |= {"recall": counts[0] / counts[2], "regions": regions.mean(), "words": exact.mean()}
+    shares["both"] = (regions & exact).mean()
+    return {name: 100 * float(share) for name, share in shares.items()}
 
 
 @torch.no_grad()

@@ -14,6 +14,10 @@ import torch.distributed as dist
 
 from config import UserError
 
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT]
+if hasattr(signal, "SIGHUP"):  # not on Windows
+    STOP_SIGNALS.append(signal.SIGHUP)
+
 
 def start_processes(device: torch.device, timeout: int) -> None:
     """Join the other processes if torchrun started this one.
@@ -77,20 +81,25 @@ def any_process(flag: bool) -> bool:
 @contextlib.contextmanager
 def first_process_first() -> Iterator[None]:
     """What is inside runs in each machine's first process before it runs in the others there: it
-    downloads, they find what it has downloaded."""
-    if local_rank() > 0:
-        any_process(False)  # all meet here: the first ones come from below
+    downloads, they find what it has downloaded. Raises UserError in these if it failed there."""
+    # All meet once: the first ones behind what is inside, the others before it.
+    if local_rank() > 0 and any_process(False):
+        raise UserError("another process ended: its message says why")
+    failed = True
     try:
         yield
+        failed = False
     finally:
         if local_rank() == 0:
-            any_process(False)
+            any_process(failed)
 
 
 def stop_signals() -> list[float]:
-    """When this process received SIGTERM or SIGINT, from now on; a second one ends it at once.
+    """When this process received SIGTERM, SIGINT or SIGHUP, from now on; a second one ends it at
+    once.
 
-    Clusters preempt with SIGTERM. Whoever holds the list looks into it where it can stop in good
+    Clusters preempt with SIGTERM; a terminal that goes away, as over ssh, sends SIGHUP, which nohup
+    lets a program ignore. Whoever holds the list looks into it where it can stop in good
     order. Within a second two signals are one: torchrun passes on what its group receives anyway.
     """
     received: list[float] = []
@@ -102,8 +111,9 @@ def stop_signals() -> list[float]:
             os._exit(128 + number)
         received.append(time.monotonic())
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, receive)
+    for number in STOP_SIGNALS:
+        if number != getattr(signal, "SIGHUP", None) or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, receive)
     return received
 
 
@@ -114,7 +124,7 @@ def start_worker(worker: int) -> None:
     cannot be sent (no shared memory left); multiprocessing would print that, drop the batch and
     leave the main process waiting for it.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
     def end(error: Exception, batch) -> None:

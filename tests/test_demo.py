@@ -36,6 +36,11 @@ def test_the_demo_writes_what_it_says(tmp_path):
     for name, value in metrics.items():
         assert f"| {name} | {value['mIoU']:.1f} |" in done.stdout
         assert value["images"] == 4
+    both = metrics["CoDe"]["objects"]["both"]
+    lines = [line.split(" | ") for line in (tmp_path / "metrics.md").read_text().splitlines()]
+    assert [line[-1].strip(" |") for line in lines[2:]] == [
+        *("finds no words", "finds no words", f"{both:.0f} %", ""),
+    ]
     caption = shapes.scene("test", 1).caption
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 6 * 288 and sheet.height > 2 * 288

@@ -10,7 +10,7 @@ import golden
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, ROOT, random_model
+from conftest import CPU, ROOT, model_config, random_model
 from PIL import Image
 from runs import ENVIRONMENT, log, preempt, same_state, to_group, train
 
@@ -23,9 +23,11 @@ from checkpoint import (
     save_checkpoint,
     save_run,
 )
+from clip import load_clip
 from config import TRAIN_PRESETS, LossConfig, ModelConfig, TrainConfig, parse
 from data import Folder, PairStream, make_loader, nltk_tagger
 from losses import code_loss
+from model import CoDe
 from released import is_released, rename_released
 from support.device import make_scaler
 from train import logistic_noise, main, make_optimizer
@@ -78,13 +80,16 @@ def test_a_released_file_is_trained_on_saved_resumed_and_evaluated(released, pai
         {name: term.item() for name, term in terms.items()}, rel=1e-5, abs=1e-7
     )
 
-    # Stopped and resumed it goes on bit for bit; another CLIP, or no --init, is refused.
+    # Stopped and resumed it goes on bit for bit, also from where the file is now.
     preempt(tmp_path / "stopped", given, (4,), to_group)
-    again = ("--out", tmp_path / "stopped", "--resume")
-    lost = train(*given[:2], *given[4:], *again, code=2)
-    assert f"this run started with --init {released}: give it again" in lost.stderr
-    train(*given, *again)
+    moved = tmp_path / "moved.pth"
+    moved.write_bytes(released.read_bytes())
+    train(*options(pairs, moved), "--out", tmp_path / "stopped", "--resume")
     assert same_state(tmp_path / "whole", tmp_path / "stopped")
+    content = read_checkpoint(tmp_path / "stopped" / "last.pt")
+    assert content["model_config"]["clip_weights"] == str(moved)
+    done = train(*given[:2], *given[4:], "--out", tmp_path / "stopped", "--resume")  # without
+    assert "step 10 of 10" in done.stdout
     last = tmp_path / "whole" / "last.pt"
     content = read_checkpoint(last)
     assert content["model_config"]["clip"] == "released"
@@ -95,8 +100,6 @@ def test_a_released_file_is_trained_on_saved_resumed_and_evaluated(released, pai
     trained = load_model(last, CPU)
     assert not torch.equal(trained.context, model.context)
     assert torch.equal(trained.clip.visual.proj, model.clip.visual.proj)
-    moved = tmp_path / "moved.pth"
-    moved.write_bytes(released.read_bytes())
     assert torch.equal(load_model(last, CPU, str(moved)).context, trained.context)
     voc = ("--dataset", "voc", "--root", str(golden.folder() / "raw"), "--limit", "1")
     command = [sys.executable, "evaluate.py", *voc, "--checkpoint", str(last)]
@@ -119,11 +122,17 @@ def test_what_init_refuses(released, pairs, tmp_path, mistake):
 
     assert "nowhere.pt: no such checkpoint" in said("nowhere.pt")
     for more in (("--no-region-prompt",), ("--upsampling-blocks", "1"), ("--clip", "ViT-B-32")):
-        flag = more[0].replace("--no-", "--")
-        assert f"its network is taken: leave out {flag}" in said(released, *more)
+        assert f"its network is taken: leave out {more[0]}" in said(released, *more)
     tcl = {k: torch.tensor(v) for k, v in golden.load("tiny_tcl_checkpoint").items()}
     torch.save({"model": tcl}, tmp_path / "tcl.pth")
     assert "TCL's network has no learned context to train" in said(tmp_path / "tcl.pth")
+
+    assert "not of the shapes world: leave --preset shapes out" in mistake(
+        main, "--preset", "shapes", "--init", released, "--out", tmp_path / "o"
+    )
+    shapes_model = CoDe(load_clip("shapes"), model_config())
+    save_checkpoint(model_content(shapes_model), tmp_path / "shapes.pt")
+    assert "of the shapes world: add --preset shapes" in said(tmp_path / "shapes.pt")
 
     # A model that started from the authors' file needs that file, and no other.
     model = load_model(released, CPU)
@@ -131,6 +140,8 @@ def test_what_init_refuses(released, pairs, tmp_path, mistake):
     save_checkpoint(model_content(random_model()), tmp_path / "other.pt")
     weights = ("--clip-weights", str(tmp_path / "other.pt"))
     assert "whose CLIP is needed: name that file" in said(tmp_path / "own.pt", *weights)
+    named = said(tmp_path / "own.pt", "--clip-weights", "openai")
+    assert "--clip-weights openai: the training started from a released file" in named
     assert "trained with other weights of CLIP" in said(
         tmp_path / "own.pt", "--clip-weights", str(another(released, tmp_path))
     )

@@ -19,7 +19,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 # What the programs write, and what data of a reader's holds.
 NOT_HERE = {"last.pt", "best.pt", "config.json", "log.jsonl", "data/", "__MACOSX/"}
-NOT_HERE |= {"pairs.txt", "results/benchmarks.md"}
+NOT_HERE |= {"pairs.txt", "results/benchmarks.md", "sheet.png", "sheet.json"}
 NOT_HERE |= {"trainval_merged.json", "ImageSets/SegmentationContext/val.txt"}
 SCRIPTS = ("train", "evaluate", "training_free", "segment")
 
@@ -139,7 +139,7 @@ def test_options_in_the_prose_exist(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [script, "--help"])
         with pytest.raises(SystemExit):
             importlib.import_module(script).main()
-    known = {"--help", "--nproc_per_node"}  # the latter is torchrun's
+    known = {"--help", "--nproc_per_node", "--standalone"}  # the last two are torchrun's
     known |= set(re.findall(r"--[a-z-]+[a-z]", capsys.readouterr().out))
     for page in PAGES:
         used = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+[a-z]", prose(page)))
@@ -157,7 +157,8 @@ def test_commands_are_understood(name, monkeypatch):
         elif words[0] in ("python", "torchrun"):
             scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
             if not scripts:
-                assert words[:2] == ["python", "-m"], words  # a program of somebody else
+                # A program of somebody else, or torchrun alone.
+                assert words[:2] in (["python", "-m"], ["torchrun", "--standalone"]), words
                 continue
             script, *arguments = words[scripts[0] :]
             assert script.removesuffix(".py") in SCRIPTS, words

@@ -109,9 +109,10 @@ def test_several_benchmarks_and_an_evaluation_that_was_cut_off(tmp_path, monkeyp
     def scripted(segmenter, benchmark, config) -> dict:
         if next(broken):
             raise KeyboardInterrupt  # as a kill would, between two benchmarks
-        assert segmenter.precision == torch.bfloat16 and config.limit == 5
+        assert segmenter.precision == torch.bfloat16 and config.limit == limit
         return {"dataset": config.dataset, "mIoU": next(values[config.dataset])}
 
+    limit = 5
     names, shapes_world = ("shapes", "other"), load_benchmark("shapes", "")
     monkeypatch.setattr("train.evaluated_on", lambda config: names)
     monkeypatch.setattr("train.load_benchmark", lambda name, root: shapes_world)
@@ -134,6 +135,19 @@ def test_several_benchmarks_and_an_evaluation_that_was_cut_off(tmp_path, monkeyp
     assert [content["average"] for content in found] == [35.0, 45.0, 40.0]
     assert read_checkpoint(tmp_path / "best.pt")["mIoU"] == 45.0
     assert read_checkpoint(tmp_path / "last.pt")["best"] == 45.0
+
+    # An average of other images is none to compare with: the run is evaluated again.
+    best = tmp_path / "best.pt"
+    values |= {"shapes": iter([10.0]), "other": iter([20.0])}
+    broken = iter([False] * 9)
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-2], "6", "--resume"])  # --eval-limit
+    limit = 6
+    main()
+    assert read_checkpoint(best)["mIoU"] == 15.0
+    best.unlink()  # as where a full disk kept it from being written
+    values |= {"shapes": iter([10.0]), "other": iter([20.0])}
+    main()
+    assert read_checkpoint(best)["mIoU"] == 15.0
 
 
 def test_named_steps_are_kept(tmp_path):
