@@ -19,7 +19,7 @@ read: .venv/ready
 	$(RUN) -m docs.book.build
 
 test: .venv/ready
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What a contributor runs after every change: style and the fast tests, within 90 seconds.
 check: lint

@@ -33,6 +33,17 @@ except LookupError:  # the small data of tests/make_tagger.py, for the processes
     os.environ["NLTK_DATA"] = os.pathsep.join(nltk.data.path)
 
 CPU = torch.device("cpu")
+# Files that take minutes begin first, or one process would be left with them at the end.
+LONGEST = ("test_learning", "test_ablate", "test_resume", "test_preemption", "test_demo")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        return LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
+
+    items.sort(key=rank)  # what is equal keeps its order
+
+
 CAPTIONS = ["a red kite and a ball on the grass", "the tiny bug near a house", "a moon with a star"]
 NOUNS = [("kite", "ball"), ("bug", "house"), ("moon", "star")]
 

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
@@ -242,6 +243,8 @@ def test_a_jpeg_without_its_end_marker_is_whole_and_one_without_data_is_not(kind
     begin = content.index(b"\xff\xda") + 14  # of the first scan's data
     cuts = [*range(begin, len(content) - 2, 23), *range(len(content) - 9, len(content) - 2)]
     if kind == "restart markers":
+        if tuple(map(int, PIL.__version__.split(".")[:2])) < (10, 2):
+            pytest.skip("this Pillow writes no restart markers")
         found = [i for i in range(begin, len(content)) if content[i : i + 2] == b"\xff\xd0"]
         assert found
         cuts += [*found, *(i + 2 for i in found)]  # where nothing but whole rows is missing
