@@ -593,7 +593,8 @@ Made by `python -m experiments.ablate`: {{steps}} steps a run; mIoU with backgro
 {{scenes}} held-out scenes, refined, threshold 0.4: mean ± standard deviation of the seeds.
 {NOISE_TEXT} *Words assigned*: words whose likeliest class (Eq. 3.3) is their noun, two nouns being
 asked for. *Objects right*: of the objects that captions name, all nouns being asked for, those with
-a region of IoU 50 % or more, those with exactly their words, those with both. *Zero-shot*:
+a region of IoU 50 % or more, those with exactly their own nouns and adjectives, those with both.
+*Zero-shot*:
 accuracy of the frozen CLIP, twelve objects, on highlighted true regions and on highlighted true
 words, with the row's prompt everywhere else. The last column is the thesis's own, ViT-B/16 on six
 benchmarks, not measured here.

@@ -141,8 +141,10 @@ def main() -> None:
     save_text("\n".join(table), out / "metrics.md")
     save_text(json.dumps(metrics, indent=1), out / "metrics.json")
     print(f"\n{metrics['CoDe']['images']} held-out scenes, mIoU with background in percent.")
-    print(f"{captions} captions: a region is right from an IoU of 50 %, words if none is missing")
-    print("or too many:\n")
+    print(
+        f"{captions} captions: a region is right from an IoU of 50 %, words if no noun or adjective"
+    )
+    print("is missing or another object's:\n")
     print("\n".join(table))
     print(f"\ntrained in {trained:.0f} s, everything in {time.time() - start:.0f} s")
     print(f"the sheet: {out / 'sheet.png'}; the metrics: {out / 'metrics.md'}")

@@ -134,8 +134,9 @@ def region_and_word_accuracy(segmenter: Segmenter, scenes: int) -> dict[str, flo
 
     All nouns of the caption are asked for. An object's region is that of its noun; its words are
     those whose likeliest class (Eq. 3.3) is its noun, and should be the noun and its adjectives.
-    "iou": mean IoU of the regions; "precision", "recall": of the words; "regions": share of IoU of
-    at least 50 %; "words": share with exactly the right words; "both": share with both.
+    "iou": mean IoU of the regions; "precision", "recall": of all words. "regions": share of the
+    objects with an IoU of at least 50 %; "words": with exactly their own among all nouns and
+    adjectives (what an article belongs to is a matter of taste); "both": with both.
     """
     ious, right, counts = [], [], np.zeros(3)  # counts: words right, found, true
     for i in range(scenes):
@@ -154,7 +155,8 @@ def region_and_word_accuracy(segmenter: Segmenter, scenes: int) -> dict[str, flo
             found = {place for place, index in enumerate(likeliest) if index == k}
             true = {place for place, owner in enumerate(owners) if owner == noun}
             counts += len(found & true), len(found), len(true)
-            right.append((ious[-1] >= 0.5, found == true))
+            telling = {place for place, owner in enumerate(owners) if owner is not None}
+            right.append((ious[-1] >= 0.5, found & telling == true))
     regions, exact = np.array(right).T
     shares = {"iou": np.mean(ious), "precision": counts[0] / max(1, counts[1])}
     shares |= {"recall": counts[0] / counts[2], "regions": regions.mean(), "words": exact.mean()}

@@ -193,7 +193,8 @@ def test_regions_and_words_together_against_loops():
             regions.append(inside / joined >= 0.5)
             own = [m[k] > max([1 - m.sum(), *np.delete(m, k)]) for m in masks.T]
             want = [owner == noun for owner in nouns_of_words(words)]
-            exact.append(own == want)
+            owners = nouns_of_words(words)
+            exact.append(all(a == b for a, b, owner in zip(own, want, owners) if owner))
             hits += sum(a and b for a, b in zip(own, want))
             found, true = found + sum(own), true + sum(want)
     both = [a and b for a, b in zip(regions, exact)]
