@@ -127,6 +127,11 @@ def load_clip_of(config: ModelConfig) -> open_clip.CLIP:
     return rebuild_released(state, path).clip
 
 
+def is_released_file(path: str | Path) -> bool:
+    """Whether a checkpoint is the authors', which holds CLIP's weights too. Raises UserError."""
+    return is_released(read_checkpoint(path)["model"])
+
+
 def load_learned(model: CoDe, state: dict[str, torch.Tensor], path: str | Path) -> None:
     """Load every learned tensor into a model; unknown, missing and misshapen ones are named."""
     load_exactly(model, state, model.learned_state(), path)

@@ -124,11 +124,12 @@ class Segmenter:
     2. `patch_scores`: the image segmenter gives x^v on 112 x 112 cells, and the soft masks are
        sigmoid(w x^v . n_c + b). n_c is the embedding of the learned context and the class name; w
        and b are learned.
-    3. `pamr.pamr` refines the masks by the colours of the window, in 10 iterations over neighbours
-       at distances 1, 2, 4, 8, 12 and 24.
+    3. `pamr.pamr` refines the masks on these cells by the colours of the window, in 10 iterations
+       over neighbours at distances 1, 2, 4, 8, 12 and 24.
     4. The frozen prior branch (MaskCLIP) is mixed in: 0.7 mask + 0.3 sigmoid(10 (s - 0.25)). s is
-       the cosine of a patch with the mean embedding of the class name in nine templates. A patch's
-       feature is CLIP's, with A = 1 in the last block: each token attends to itself alone.
+       the cosine of a patch with the mean embedding of the class name in nine templates ("itap of
+       a ...": `clip.PRIOR_TEMPLATES`). A patch's feature is CLIP's, with A = 1 in the last block:
+       each token attends to itself alone, residual and MLP are kept.
     5. Windows are averaged where they overlap.
     6. `by_class`: of the alternatives of a class the best counts.
     7. `Scores.label_map`: resized to the image's own size, the arg-max over classes; background

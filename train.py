@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import (
     Run,
+    is_released_file,
     load_model,
     model_content,
     read_checkpoint,
@@ -135,13 +136,21 @@ def evaluate_model(run: Run) -> float:
         settings = MaskConfig(**MASK_PRESETS.get(name, {}), precision=precision)
         benchmark = load_benchmark(name, config.eval_root)
         segmenter = Segmenter(model.clip, model, benchmark_words(benchmark, settings), settings)
-        results.append(evaluate(segmenter, benchmark, EvalConfig(name, limit=config.eval_limit)))
+        limited = EvalConfig(name, limit=config.eval_limit)
+        try:
+            results.append(evaluate(segmenter, benchmark, limited))
+        except UserError as error:  # a bad file, too little memory
+            raise UserError(
+                f"{error} (evaluating step {run.step}; it is in last.pt: --resume goes on, without "
+                "--eval-dataset if need be)"
+            ) from error
         if results[-1]["mIoU"] is None:
             raise UserError(f"--eval-dataset {name}: no pixel is labelled")
         whole = len(results) == len(evaluated_on(config))
         reached = average(results) if whole else None
         if process_rank() == 0:
-            content = {"step": run.step, "average": reached, "datasets": results}
+            content = {"step": run.step, "measured_on": measured_on(config)}
+            content |= {"average": reached, "datasets": results}
             save_text(json.dumps(content, indent=1), Path(config.out, f"eval-{run.step}.json"))
     model.train()
     return reached
@@ -151,30 +160,44 @@ def keep_best(run: Run) -> None:
     """Evaluate; best.pt is the model of the highest average so far, and last.pt remembers it."""
     reached, out = evaluate_model(run), Path(run.config.out)
     if reached > run.best and process_rank() == 0:
-        content = model_content(run.model) | {"mIoU": reached, "measured_on": measured_on(run)}
-        save_checkpoint(content, out / "best.pt")
+        more = {"mIoU": reached, "measured_on": measured_on(run.config)}
+        save_checkpoint(model_content(run.model) | more, out / "best.pt")
     run.best = max(run.best, reached)
     save_run(run, out / "last.pt")
 
 
-def measured_on(run: Run) -> list:
+def measured_on(config: TrainConfig) -> list:
     """What an average is of: those of other benchmarks or images are no comparison."""
-    return [*evaluated_on(run.config), run.config.eval_limit]
+    return [*evaluated_on(config), config.eval_limit]
 
 
-def best_so_far(run: Run) -> float:
-    """The average of best.pt, which a kill may have come behind; -1 if there is none of the same
-    images."""
-    path = Path(run.config.out, "best.pt")
-    content = read_checkpoint(path) if path.exists() else {}
-    return content["mIoU"] if content.get("measured_on") == measured_on(run) else -1.0
+def find_best(run: Run) -> None:
+    """Set run.best as a run goes on: the average of best.pt, of which last.pt may not know yet.
+
+    A best.pt of other benchmarks or images is renamed: the best of these is another model.
+    """
+    best = Path(run.config.out, "best.pt")
+    content = read_checkpoint(best) if best.exists() else {}
+    if "measured_on" not in content:
+        return
+    if content["measured_on"] == measured_on(run.config):
+        run.best = max(run.best, content["mIoU"])
+    elif run.config.eval_dataset:
+        run.best = -1.0
+        any_process(False)  # all have read it
+        if process_rank() == 0:
+            best.replace(best.with_name("best-before.pt"))
+            print(f"{best} is of other benchmarks or images: now best-before.pt", flush=True)
 
 
 def is_evaluated(run: Run) -> bool:
     """Whether this step was evaluated to the end and best.pt kept; a kill may have cut it off."""
-    path = Path(run.config.out, f"eval-{run.step}.json")
-    reached = json.loads(path.read_text("utf-8"))["average"] if path.exists() else None
-    return reached is not None and reached <= run.best
+    try:
+        content = json.loads(Path(run.config.out, f"eval-{run.step}.json").read_text("utf-8"))
+        same = content["measured_on"] == measured_on(run.config)
+        return same and content["average"] is not None and content["average"] <= run.best
+    except (OSError, ValueError, KeyError):  # not written, or not to its end
+        return False
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -197,7 +220,7 @@ def check_options(config: TrainConfig, model_config: ModelConfig, loss_config: L
             f"--batch-size {config.batch_size}: must be a multiple of the {process_count()} "
             "processes that share it"
         )
-    if not config.resume and (Path(config.out) / "last.pt").exists():
+    if not config.resume and any(Path(config.out, f"{k}.pt").exists() for k in ("last", "best")):
         raise UserError(
             f"{config.out} holds a run: --resume goes on with it, or name another --out"
         )
@@ -235,7 +258,7 @@ def build_model(config: TrainConfig, model_config: ModelConfig, device: torch.de
         clip = load_clip(model_config.clip, model_config.clip_weights)
         return CoDe(clip, model_config).to(device)
     weights = model_config.clip_weights if "clip_weights" in given_options() else None
-    if config.init and weights is None and before.get("model_config", {}).get("clip") == "released":
+    if config.init and config.resume and weights is None and is_released_file(config.init):
         weights = config.init
     config.init = init
     model = load_model(last if config.resume else init, device, weights)
@@ -287,6 +310,7 @@ def prepare_run(
     with first_process_first():  # which fetches NLTK's data and CLIP's weights
         tagger = shapes_tagger() if config.preset == "shapes" else nltk_tagger()
         model = build_model(config, model_config, device)
+    refuse_beside_init(config, given_options())  # also where last.pt says that it began so
     settle(model.config, loss_config)  # that of --init may be an ablation's
     if config.eval_dataset:
         named = config.init or f"--clip {model_config.clip}"
@@ -297,7 +321,7 @@ def prepare_run(
     run = Run(model, *parts, config, loss_config, precision, data=data)
     if config.resume:
         resume_run(run, Path(config.out, "last.pt"))
-        run.best = best_so_far(run)
+        find_best(run)
     if process_rank() == 0:
         configs = {"train": config, "model": model.config, "loss": loss_config}
         configs = {name: asdict(value) for name, value in configs.items()}
@@ -333,7 +357,8 @@ def train(run: Run, loader: Iterable[Batch | UserError], stopping: Sequence[floa
         return run.step % steps == 0 or run.step == config.steps
 
     evaluates = len(config.eval_dataset) > 0
-    if evaluates and run.step > 0 and every(config.eval_every) and not is_evaluated(run):
+    due = evaluates and run.step > 0 and every(config.eval_every)
+    if any_process(due and not is_evaluated(run)):  # the same answer in all of them
         keep_best(run)
     while run.step < config.steps:
         # Two phases: the copy of the last visual block joins in the second.

@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import FREE, fingerprint, read_checkpoint
+from checkpoint import FREE, fingerprint, is_released_file, read_checkpoint
 from clip import load_clip
 from config import (
     MASK_PRESETS,
@@ -215,6 +215,7 @@ def benchmarks_of(config: AblateConfig) -> tuple[str, ...]:
 def training_options(name: str, seed: int, config: AblateConfig, shared: Sequence[str]) -> list:
     """Options of `train.py` for one run: the shared ones, then the row's own."""
     world = ["--preset", "shapes", "--workers", "0", "--checkpoint-every", "100"]
+    world += ["--device", "cpu"]  # where it is measured too, and no two share a GPU
     options = [*(world if config.on_shapes else ()), *shared, *ROWS[name].options]
     return [*options, "--seed", str(seed), "--out", str(run_folder(name, seed, config))]
 
@@ -261,14 +262,25 @@ def check_all(names: Sequence[str], config: AblateConfig, shared: Sequence[str])
 
     Raises UserError, also if the runs in --out were made with something else.
     """
+    asked = given_options(shared)
     for flag in ("seed", "out", "resume"):
-        if flag in given_options(shared):
+        if flag in asked:
             raise UserError(f"-- --{flag}: every run has its own: --seeds and --out say which")
+    for flag in ("preset", "pairs", "shards"):
+        if config.on_shapes and flag in asked:
+            raise UserError(f"-- --{flag}: only with --datasets; without it is the shapes world")
+    results = Path(config.results)
+    if results.exists() and not results.is_dir():
+        raise UserError(f"--results {results}: a file, and a folder is needed")
     given = given_options()
     for flag in ("root", "launch") if config.on_shapes else ("scenes",):
         if flag in given:
             raise UserError(f"--{flag}: {'only' if config.on_shapes else 'not'} with --datasets")
-    if config.launch and shutil.which(shlex.split(config.launch)[0]) is None:
+    try:
+        launcher = shlex.split(config.launch)
+    except ValueError as error:  # a quotation mark too few
+        raise UserError(f"--launch {config.launch}: {error}") from error
+    if launcher and shutil.which(launcher[0]) is None:
         raise UserError(f"--launch {config.launch}: no such program")
     for dataset in benchmarks_of(config):
         if dataset not in DATASETS:
@@ -280,7 +292,10 @@ def check_all(names: Sequence[str], config: AblateConfig, shared: Sequence[str])
         settings |= {"--scenes": config.scenes, "the masks' preset": MASK_PRESETS["shapes"]}
     settings = json.loads(json.dumps(settings))  # as they are read back
     path = Path(config.out) / "settings.json"
-    before = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    try:
+        before = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: remove it if the runs beside it are these") from error
     for name, value in settings.items():
         if before.get(name, value) != value:
             was = before[name]
@@ -401,18 +416,18 @@ def run_once(
             options = ["--dataset", dataset, "--root", config.root]
             options += ["--checkpoint", str(folder / "last.pt")]
             options += ["--json", str(metrics_file(folder, dataset))]
-            options += evaluation_options(folder, shared)
+            options += evaluation_options(shared)
             if not metrics_file(folder, dataset).exists():
                 run_program("evaluate.py", options, folder, config, inherited, running)
 
 
-def evaluation_options(folder: Path, shared: Sequence[str]) -> list[str]:
+def evaluation_options(shared: Sequence[str]) -> list[str]:
     """Of `evaluate.py`: the device of the trainings, and where CLIP's weights are now."""
     train, model, _ = parse("", TrainConfig, ModelConfig, LossConfig, words=shared)
     options = ["--device", train.device]
     if "clip_weights" in given_options(shared):
         options += ["--clip-weights", model.clip_weights]
-    elif read_checkpoint(folder / "last.pt")["model_config"]["clip"] == "released" and train.init:
+    elif train.init and is_released_file(train.init):
         options += ["--clip-weights", train.init]
     return options
 
@@ -464,7 +479,7 @@ def run_all(names: Sequence[str], config: AblateConfig, shared: Sequence[str]) -
                     failed.append(f"{folder}: {reason}")
                     print(f"{failed[-1]} (see output.txt there)", file=sys.stderr, flush=True)
                 if not config.on_shapes:
-                    write_results(names, config)
+                    write_early(names, config)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             running.stop()
@@ -504,7 +519,7 @@ def mean_and_deviation(values: Sequence[float]) -> str:
 
 def percentages(runs: list[dict], kind: str, parts: Sequence[str]) -> str:
     """Means over the seeds, where the row has this kind of metrics."""
-    if kind not in runs[0]:
+    if not all(kind in run for run in runs):
         return ""
     return " / ".join(f"{statistics.mean(run[kind][part] for run in runs):.0f} %" for part in parts)
 
@@ -623,6 +638,14 @@ def report(
     if missing := [name for name in asked if name not in rows]:
         lines += ["", f"Not all runs are done of: {', '.join(missing)}."]
     return "\n".join(lines)
+
+
+def write_early(names: Sequence[str], config: AblateConfig) -> None:
+    """Write the tables so far; what is wrong with them stops no training."""
+    try:
+        write_results(names, config)
+    except Exception as error:
+        print(f"no tables yet: {str(error) or type(error).__name__}", file=sys.stderr, flush=True)
 
 
 def write_results(names: Sequence[str], config: AblateConfig) -> str:

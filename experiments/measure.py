@@ -47,6 +47,7 @@ def start_training(out: Path, *options: str, show: bool = False) -> subprocess.P
     show: let it write to the terminal; otherwise its messages are in the process's stderr.
     """
     command = [sys.executable, str(TRAIN), "--preset", "shapes", "--workers", "0"]
+    command += ["--device", "cpu"]  # where it is measured too, and two share no GPU
     command += ["--out", str(out), *options]
     settings = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     hidden = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
@@ -151,7 +152,7 @@ def region_and_word_accuracy(segmenter: Segmenter, scenes: int) -> dict[str, flo
             if noun not in (thing.noun for thing in scene.things):
                 continue  # a surface, which has no label
             region, truth = labels == k + 1, scene.label == 1 + list(shapes.OBJECTS).index(noun)
-            ious.append((region & truth).sum() / (region | truth).sum())
+            ious.append((region & truth).sum() / max(1, (region | truth).sum()))
             found = {place for place, index in enumerate(likeliest) if index == k}
             true = {place for place, owner in enumerate(owners) if owner == noun}
             counts += len(found & true), len(found), len(true)

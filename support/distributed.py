@@ -146,6 +146,8 @@ def lost_processes(advice: str = "") -> Iterator[None]:
             raise UserError(f"a data loading process ended ({reason}): {advice}") from error
         if any(words in str(error) for words in ("by peer", "remote process exited")):
             raise UserError("another process ended: its message says why") from error
+        if "Timed out waiting" in str(error):
+            raise UserError("waited too long for another process: --timeout MINUTES") from error
         raise
 
 

@@ -106,8 +106,9 @@ def test_a_released_file_is_trained_on_saved_resumed_and_evaluated(released, pai
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0 and "voc: mIoU" in done.stdout, done.stderr
 
-    # And it can be started from in turn.
-    train(*options(pairs, last), "--out", tmp_path / "next", "--lr", "0")
+    # And it can be started from in turn, stopped, and gone on with.
+    preempt(tmp_path / "next", (*options(pairs, last), "--lr", "0"), (4,), to_group)
+    train(*options(pairs, last), "--out", tmp_path / "next", "--lr", "0", "--resume")
     following = load_model(tmp_path / "next" / "last.pt", CPU)
     assert all(
         torch.equal(trained.learned_state()[k], v) for k, v in following.learned_state().items()

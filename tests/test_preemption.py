@@ -1,6 +1,8 @@
 """Runs that a cluster or Ctrl-C stops: what they save, and that they go on bit for bit."""
 
+import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -63,3 +65,19 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     assert running.poll() is None  # still evaluating
     ctrl_c(running)
     assert running.wait(timeout=2) == 130
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")
+@pytest.mark.parametrize("ignored, received", [(False, 1), (True, 0)])
+def test_a_terminal_that_goes_away_asks_to_stop_but_for_nohup(ignored, received):
+    """In a process of its own, since handlers belong to a process."""
+    code = (
+        "import os, signal, support.distributed as d\n"
+        f"{ignored} and signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "found = d.stop_signals()\n"
+        "os.kill(os.getpid(), signal.SIGHUP)\n"
+        "print(len(found))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.stdout.strip() == str(received), done.stderr

@@ -19,7 +19,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 # What the programs write, and what data of a reader's holds.
 NOT_HERE = {"last.pt", "best.pt", "config.json", "log.jsonl", "data/", "__MACOSX/"}
-NOT_HERE |= {"pairs.txt", "results/benchmarks.md", "sheet.png", "sheet.json"}
+NOT_HERE |= {"best-before.pt", "pairs.txt", "results/benchmarks.md", "sheet.png", "sheet.json"}
 NOT_HERE |= {"trainval_merged.json", "ImageSets/SegmentationContext/val.txt"}
 SCRIPTS = ("train", "evaluate", "training_free", "segment")
 

@@ -13,7 +13,7 @@ from runs import ENVIRONMENT, TINY, log, train
 
 import support.log
 from checkpoint import load_model, read_checkpoint
-from config import TrainConfig
+from config import TrainConfig, UserError
 from datasets import load_benchmark
 from support.device import make_scaler, update_scale
 from train import learning_rate, main
@@ -139,15 +139,28 @@ def test_several_benchmarks_and_an_evaluation_that_was_cut_off(tmp_path, monkeyp
     # An average of other images is none to compare with: the run is evaluated again.
     best = tmp_path / "best.pt"
     values |= {"shapes": iter([10.0]), "other": iter([20.0])}
-    broken = iter([False] * 9)
+    broken = iter([False] * 19)
     monkeypatch.setattr(sys, "argv", [*sys.argv[:-2], "6", "--resume"])  # --eval-limit
     limit = 6
     main()
     assert read_checkpoint(best)["mIoU"] == 15.0
-    best.unlink()  # as where a full disk kept it from being written
-    values |= {"shapes": iter([10.0]), "other": iter([20.0])}
+    assert read_checkpoint(tmp_path / "best-before.pt")["mIoU"] == 45.0
+
+    # A full disk, between eval-6.json and best.pt: the evaluation is made again.
+    def full(content, path) -> None:
+        raise UserError(f"{path} could not be written (No space left on device)")
+
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-2], "7", "--resume"])
+    limit = 7
+    with monkeypatch.context() as context, pytest.raises(UserError, match="No space left"):
+        context.setattr("train.save_checkpoint", full)
+        values |= {"shapes": iter([10.0]), "other": iter([30.0])}
+        main()
+    assert json.loads((tmp_path / "eval-6.json").read_text())["average"] == 20.0
+    values |= {"shapes": iter([10.0]), "other": iter([30.0])}
     main()
-    assert read_checkpoint(best)["mIoU"] == 15.0
+    assert read_checkpoint(best)["mIoU"] == 20.0
+    main()  # nothing is left to do: `values` has no more
 
 
 def test_named_steps_are_kept(tmp_path):
