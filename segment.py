@@ -88,6 +88,7 @@ NO_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 # In the sheet of --captions: pairs side by side, and the pixels that a pair and its letters take.
 IN_A_BAND, COLUMN, LETTERS = 4, 360, 17
 ON_A_SHEET = 200  # pairs; they take a megabyte or two each
+NO_WORDS = "this method has no text segmenter; name a --checkpoint of CoDe"
 
 
 @dataclass
@@ -378,7 +379,7 @@ def load_networks(settings: MaskConfig, preset: str) -> tuple[open_clip.CLIP, Co
 
 def load_code(settings: MaskConfig, preset: str, option: str) -> tuple[open_clip.CLIP, CoDe]:
     """CLIP and a model that segments text too. Raises UserError; option: whose message it is."""
-    message = f"{option}: this method has no text segmenter; name a --checkpoint of CoDe"
+    message = f"{option}: {NO_WORDS}"
     if settings.checkpoint is None:  # before CLIP's weights are fetched
         raise UserError(message)
     clip, model = load_networks(settings, preset)
@@ -514,9 +515,7 @@ def check_options(config: SegmentConfig, settings: MaskConfig) -> None:
         if beside:
             raise UserError(f"--captions and {beside[0]}: give one of them")
         if settings.checkpoint is None:
-            raise UserError(
-                "--captions: this method has no text segmenter; name a --checkpoint of CoDe"
-            )
+            raise UserError(f"--captions: {NO_WORDS}")  # before NLTK's data is fetched
         refuse_folder(sheet_of(config))
     for name in filter(None, (config.json, config.html)):
         refuse_folder(name)  # not after all the images

@@ -9,7 +9,6 @@ Examples:
 
 import json
 import math
-import zlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -43,7 +42,15 @@ from config import (
     run_script,
     settle,
 )
-from data import Batch, PairStream, make_loader, nltk_tagger, open_source, shapes_tagger
+from data import (
+    Batch,
+    PairStream,
+    data_checksum,
+    make_loader,
+    nltk_tagger,
+    open_source,
+    shapes_tagger,
+)
 from datasets import DATASETS, THESIS_DATASETS, load_benchmark
 from evaluate import Segmenter, average, benchmark_words, check_world, evaluate
 from losses import code_loss
@@ -317,8 +324,7 @@ def prepare_run(
         check_world(model.clip, evaluated_on(config), named, "--eval-dataset")
 
     parts = (make_optimizer(model, config), make_scaler(device, precision))
-    data = zlib.crc32("\n".join(source.names).encode(errors="surrogateescape"))
-    run = Run(model, *parts, config, loss_config, precision, data=data)
+    run = Run(model, *parts, config, loss_config, precision, data=data_checksum(source))
     if config.resume:
         resume_run(run, Path(config.out, "last.pt"))
         find_best(run)

@@ -48,11 +48,14 @@ from config import (
     run_script,
     settle,
 )
-from data import open_source
+from data import data_checksum, open_source
 from datasets import DATASETS, THESIS_DATASETS, load_benchmark
 from evaluate import one_decimal
 from experiments.demo import sheet
 from experiments.measure import (
+    ON_SHAPES,
+    ONE_THREAD,
+    ROOT,
     THRESHOLDS,
     mean_ious,
     region_and_word_accuracy,
@@ -69,8 +72,6 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-
-PROGRAMS = Path(__file__).parents[1]
 
 
 @dataclass
@@ -214,9 +215,8 @@ def benchmarks_of(config: AblateConfig) -> tuple[str, ...]:
 
 def training_options(name: str, seed: int, config: AblateConfig, shared: Sequence[str]) -> list:
     """Options of `train.py` for one run: the shared ones, then the row's own."""
-    world = ["--preset", "shapes", "--workers", "0", "--checkpoint-every", "100"]
-    world += ["--device", "cpu"]  # where it is measured too, and no two share a GPU
-    options = [*(world if config.on_shapes else ()), *shared, *ROWS[name].options]
+    world = (*ON_SHAPES, "--checkpoint-every", "100") if config.on_shapes else ()
+    options = [*world, *shared, *ROWS[name].options]
     return [*options, "--seed", str(seed), "--out", str(run_folder(name, seed, config))]
 
 
@@ -245,8 +245,7 @@ def check_data(name: str, config: AblateConfig, shared: Sequence[str]) -> dict:
     train, model, _ = configs_of(name, config, shared)
     found = {}
     if not config.on_shapes:
-        names = "\n".join(open_source(train).names)
-        found["the data"] = zlib.crc32(names.encode(errors="surrogateescape"))
+        found["the data"] = data_checksum(open_source(train))
     if train.init is None:
         start = fingerprint(load_clip(model.clip, model.clip_weights))
     elif Path(train.init).is_file():
@@ -361,11 +360,8 @@ def run_program(
 ) -> None:
     """A program of this repository in processes of its own, to its end; what it says goes to
     output.txt. Raises UserError if it fails."""
-    command = [*(shlex.split(config.launch) or [sys.executable]), str(PROGRAMS / program), *options]
-    settings = dict(os.environ)
-    if config.on_shapes:
-        # Of such small trainings two side by side are faster than one after the other.
-        settings |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [*(shlex.split(config.launch) or [sys.executable]), str(ROOT / program), *options]
+    settings = os.environ | (ONE_THREAD if config.on_shapes else {})
     with open(folder / "output.txt", "a+", encoding="utf-8", errors="replace") as output:
         start = output.tell()
         with running.lock:  # either it is stopped with the others, or not started
@@ -408,17 +404,16 @@ def run_once(
             options = training_options(name, seed, config, shared)
             options += ["--resume"] if started else []
             run_program("train.py", options, folder, config, inherited, running)
-        if not is_trained(folder):
-            raise UserError("its training was stopped")  # by a signal, and it saved
+            if not is_trained(folder):
+                raise UserError("its training was stopped")  # by a signal, and it saved
         if config.on_shapes:
             measure_on_shapes(folder, config.scenes)
-        for dataset in benchmarks_of(config):
-            options = ["--dataset", dataset, "--root", config.root]
-            options += ["--checkpoint", str(folder / "last.pt")]
-            options += ["--json", str(metrics_file(folder, dataset))]
-            options += evaluation_options(shared)
-            if not metrics_file(folder, dataset).exists():
-                run_program("evaluate.py", options, folder, config, inherited, running)
+        missing = [d for d in benchmarks_of(config) if not metrics_file(folder, d).exists()]
+        common = ["--root", config.root, "--checkpoint", str(folder / "last.pt")]
+        common += evaluation_options(shared) if missing else []
+        for dataset in missing:
+            options = ["--dataset", dataset, "--json", str(metrics_file(folder, dataset)), *common]
+            run_program("evaluate.py", options, folder, config, inherited, running)
 
 
 def evaluation_options(shared: Sequence[str]) -> list[str]:
@@ -609,10 +604,9 @@ Made by `python -m experiments.ablate`: {{steps}} steps a run; mIoU with backgro
 {NOISE_TEXT} *Words assigned*: words whose likeliest class (Eq. 3.3) is their noun, two nouns being
 asked for. *Objects right*: of the objects that captions name, all nouns being asked for, those with
 a region of IoU 50 % or more, those with exactly their own nouns and adjectives, those with both.
-*Zero-shot*:
-accuracy of the frozen CLIP, twelve objects, on highlighted true regions and on highlighted true
-words, with the row's prompt everywhere else. The last column is the thesis's own, ViT-B/16 on six
-benchmarks, not measured here.
+*Zero-shot*: accuracy of the frozen CLIP, twelve objects, on highlighted true regions and on
+highlighted true words, with the row's prompt everywhere else. The last column is the thesis's own,
+ViT-B/16 on six benchmarks, not measured here.
 
 Without any training (MaskCLIP): {{maskclip:.1f}}."""
 BENCHMARKS_TEXT = f"""\

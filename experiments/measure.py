@@ -36,22 +36,22 @@ from evaluate import IoU, Segmenter, benchmark_words, load_method
 from model import CoDe, highlight_image, highlight_text
 from segment import likeliest_nouns, search_caption
 
-TRAIN = Path(__file__).parents[1] / "train.py"
+ROOT = Path(__file__).parents[1]
+# Trainings on the CPU, where they are measured too, with one thread each: of such small ones two
+# side by side are faster than one after the other, and on a GPU they would share it.
+ON_SHAPES = ("--preset", "shapes", "--workers", "0", "--device", "cpu")
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 THRESHOLDS = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)  # of the background; 0.4 is the thesis's
 
 
 def start_training(out: Path, *options: str, show: bool = False) -> subprocess.Popen:
-    """`train.py` on the shapes world in a process with one thread: of such small trainings, two
-    side by side are faster than one after the other.
+    """`train.py` on the shapes world, in a process of its own.
 
     show: let it write to the terminal; otherwise its messages are in the process's stderr.
     """
-    command = [sys.executable, str(TRAIN), "--preset", "shapes", "--workers", "0"]
-    command += ["--device", "cpu"]  # where it is measured too, and two share no GPU
-    command += ["--out", str(out), *options]
-    settings = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, str(ROOT / "train.py"), *ON_SHAPES, "--out", str(out), *options]
     hidden = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=settings, **{} if show else hidden)
+    return subprocess.Popen(command, env=os.environ | ONE_THREAD, **{} if show else hidden)
 
 
 def training_seconds(folder: Path) -> float:
