@@ -10,11 +10,15 @@ export OMP_WAIT_POLICY ?= PASSIVE
 	$(RUN) -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo read test check lint format
+.PHONY: demo model read test check lint format
 demo: .venv/ready
 	$(RUN) -m experiments.demo
 
-# docs/read.html from the training that `make demo` leaves in out/demo.
+# datasets/shapes_code.pt, in an hour of two slow cores.
+model: .venv/ready
+	$(RUN) -m experiments.shapes_model --out datasets/shapes_code.pt
+
+# docs/read.html from the training that `make model` leaves in out/shapes_model.
 read: .venv/ready
 	$(RUN) -m docs.book.build
 

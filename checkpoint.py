@@ -19,6 +19,9 @@ from released import is_released, load_exactly, read_tensors, rebuild_released
 from support.distributed import process_count, process_rank
 from support.files import whole_file
 
+# The trained model that comes with the shapes world.
+SHAPES_MODEL = Path(__file__).parent / "datasets" / "shapes_code.pt"
+
 
 def save_checkpoint(content: dict[str, Any], path: str | Path) -> None:
     """torch.save by way of a temporary name, on the disk before it is renamed. Raises UserError."""
@@ -74,6 +77,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except UserError:
         raise
     except FileNotFoundError:
+        if Path(path) == SHAPES_MODEL:
+            raise UserError(f"{path} is missing: `make model` trains it again") from None
         raise UserError(f"{path}: no such checkpoint; train.py writes one") from None
     except Exception as error:  # torch, zipfile and pickle raise many kinds for a damaged file
         reason = getattr(error, "strerror", None) or "no file of torch.save, or a damaged one"

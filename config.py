@@ -314,6 +314,16 @@ def parse(
     return tuple(made)
 
 
+def chosen(name: str, words: Sequence[str] | None = None) -> str | None:
+    """An option's value on the command line, where it must be known before `parse`."""
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    chooser.add_argument(f"--{name}")
+    try:
+        return getattr(chooser.parse_known_args(words)[0], name)
+    except argparse.ArgumentError:  # no value: `parse` says so
+        return None
+
+
 def given_options(words: Sequence[str] | None = None) -> set[str]:
     """The options that stand on the command line, --no-word-prompt as "no_word_prompt".
 

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import load_model
+from checkpoint import SHAPES_MODEL, load_model
 from clip import (
     IMAGE_MEAN,
     IMAGE_STD,
@@ -644,11 +644,14 @@ def main() -> None:
             evaluate_all(lambda benchmark: None, benchmarks, config)
         stop_processes()
         return
-    trained = Path(TrainConfig().out, "last.pt")
-    if settings.checkpoint is None and settings.method == "code" and trained.exists():
-        settings.checkpoint = str(trained)
-        if process_rank() == 0:
-            print(f"no --checkpoint given: {trained}, where train.py writes", flush=True)
+    if settings.checkpoint is None and settings.method == "code":
+        trained, where = Path(TrainConfig().out, "last.pt"), "where train.py writes"
+        if config.dataset == "shapes" and not trained.exists():
+            trained, where = SHAPES_MODEL, "which comes with the shapes world"
+        if trained == SHAPES_MODEL or trained.exists():
+            settings.checkpoint = str(trained)
+            if process_rank() == 0:
+                print(f"no --checkpoint given: {trained}, {where}", flush=True)
     with lost_processes():
         with first_process_first():  # which fetches CLIP's weights
             clip, model = load_method(settings, device)

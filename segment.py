@@ -1,6 +1,7 @@
 """Segment any words in any image, or an image and its caption together (figures 4.2 and 4.4).
 
 Examples:
+    python segment.py --captions docs/scenes/pairs.txt --preset shapes       # drawn scenes
     python segment.py photo.jpg "a red balloon" grass             # CLIP's own weights: NACLIP
     python segment.py photo.jpg "a red balloon" grass --checkpoint code_released.pth
     python segment.py photo.jpg --caption "a dog and a red ball" --checkpoint code_released.pth
@@ -36,12 +37,14 @@ import torch
 from nltk.tokenize import NLTKWordTokenizer
 from PIL import Image
 
+from checkpoint import SHAPES_MODEL
 from clip import is_of_shapes, noun_prompts, tokenize, tokens_of
 from config import (
     MASK_PRESETS,
     MaskConfig,
     UserError,
     check_ranges,
+    chosen,
     given_options,
     option,
     parse,
@@ -106,7 +109,9 @@ class SegmentConfig:
         None, "file of pairs, a line each: an image, a tab, its caption; they come into one sheet"
     )
     no_background: bool = option(False, "every pixel gets the likeliest of the words")
-    preset: str = option("thesis", "sizes and constants: thesis, or shapes for its checkpoints")
+    preset: str = option(
+        "thesis", "sizes and constants: thesis, or shapes for drawn scenes and their model"
+    )
     out: str = option("out/segment", "folder for the PNGs")
     show_scores: bool = option(False, "write a heat map of every query")
     json: str | None = option(None, "file for every query's share of the image and score")
@@ -326,15 +331,16 @@ def first_name(line: str) -> str:
 def load_segmenter(words: Sequence[str], preset: str = "thesis", **options) -> Segmenter:
     """From Python: a segmenter of these words, to be called with PIL images.
 
-    preset: "shapes" for checkpoints of the built-in world; options: fields of `config.MaskConfig`,
-    such as checkpoint="code_released.pth"; without one of `training_free.TrainingFreeConfig`:
+    preset: "shapes" for the built-in world, whose trained model is taken where neither a
+    checkpoint nor a method is named; options: fields of `config.MaskConfig`, such as
+    checkpoint="code_released.pth"; without a trained model of `training_free.TrainingFreeConfig`:
     NACLIP on CLIP's own weights, which are fetched the first time. Raises UserError.
     """
     if isinstance(words, str) or not words or "names" in options:
         raise UserError("words: a list of at least one, and no file of names beside it")
     if preset not in ("thesis", "shapes"):
         raise UserError(f"preset {preset!r}: 'thesis' or 'shapes'")
-    trained = options.get("checkpoint") is not None
+    trained = has_model(options.get("checkpoint"), preset, options.get("method"))
     kind = MaskConfig if trained else TrainingFreeConfig
     known = {f.name for f in fields(kind)}
     if unknown := options.keys() - known:
@@ -345,10 +351,16 @@ def load_segmenter(words: Sequence[str], preset: str = "thesis", **options) -> S
     return make_segmenter(words, settings, preset)
 
 
+def has_model(checkpoint: str | None, preset: str | None, method: str | None) -> bool:
+    """Whether a trained model segments: the named one, or the one that comes with the built-in
+    world if no other method is asked for."""
+    return checkpoint is not None or (preset == "shapes" and method in (None, "code"))
+
+
 def presets(trained: bool) -> dict[str, dict]:
-    """Defaults by --preset. The built-in CLIP was pretrained for the features MaskCLIP reads."""
-    shapes = MASK_PRESETS["shapes"]
-    return {"shapes": shapes if trained else shapes | {"method": "maskclip"}}
+    """Defaults by --preset."""
+    more = {"checkpoint": str(SHAPES_MODEL)} if trained else {}
+    return {"shapes": MASK_PRESETS["shapes"] | more}
 
 
 def make_segmenter(words: Sequence[str], settings: MaskConfig, preset: str) -> Segmenter:
@@ -529,12 +541,12 @@ def search_images(config: SegmentConfig, settings: MaskConfig) -> list[tuple[Pat
     lines = queries(words, config, settings)
     if len(lines) > 255:
         raise UserError(f"{len(lines)} queries: an indexed PNG holds 255 at most")
+    if config.caption is None or settings.checkpoint is not None:
+        announce(settings)
     if config.caption is not None:
         networks = load_code(settings, config.preset, "--caption")
         search = search_caption(*networks, config.caption, lines, settings)
     else:
-        if settings.checkpoint is None and "method" not in given_options():
-            print(announcement(settings), flush=True)
         segmenter = make_segmenter(lines, settings, config.preset)
         search = Search(segmenter, [first_name(line) for line in lines])
     asked = settings.names and printable(settings.names)
@@ -546,6 +558,7 @@ def search_images(config: SegmentConfig, settings: MaskConfig) -> list[tuple[Pat
 def search_pairs(config: SegmentConfig, settings: MaskConfig) -> list[tuple[Path, Search]]:
     """In the image of every pair the nouns of its caption. Raises UserError."""
     pairs = read_pairs(config.captions, config.preset)
+    announce(settings)
     clip, model = load_code(settings, config.preset, "--captions")
     searches = []
     for pair in pairs:
@@ -615,7 +628,7 @@ def found_in_pair(done: Done) -> dict:
 
 
 def main() -> None:
-    trained = "checkpoint" in given_options()
+    trained = has_model(*map(chosen, ("checkpoint", "preset", "method")))
     kind = MaskConfig if trained else TrainingFreeConfig
     config, settings = parse(__doc__, SegmentConfig, kind, presets=presets(trained))
     check_options(config, settings)
@@ -642,10 +655,13 @@ def main() -> None:
         sys.exit(2)
 
 
-def announcement(settings: MaskConfig) -> str:
-    """What is done without a checkpoint, with which weights, and how much is fetched."""
-    if settings.clip == "shapes":
-        return "no --checkpoint: MaskCLIP, without training, on the built-in CLIP"
+def announce(settings: MaskConfig) -> None:
+    """Say what is done where it was not asked for, with which weights, and how much is fetched."""
+    given = given_options()
+    if settings.checkpoint is not None and "checkpoint" not in given:
+        print("no --checkpoint: the trained model that comes with the shapes world", flush=True)
+    if settings.checkpoint is not None or "method" in given or settings.clip == "shapes":
+        return
     named = settings.clip_weights or "openai"
     weights = {
         "none": "random weights, so the masks mean nothing",
@@ -653,7 +669,8 @@ def announcement(settings: MaskConfig) -> str:
     }.get(named, named)
     if (settings.clip, named) == (MaskConfig.clip, "openai"):
         weights += ": 600 MB"
-    return f"no --checkpoint: NACLIP, without training, on {settings.clip} ({weights})"
+    how = f"NACLIP, without training, on {settings.clip} ({weights})"
+    print(f"no --checkpoint: {how}", flush=True)
 
 
 def summary(found: dict) -> str:

@@ -1,13 +1,13 @@
-"""Trainings on the shapes world, and what the experiments measure of them: regions, words, prompts.
+"""How trainings on the shapes world are started, and what is measured of them: regions, words,
+prompts.
 
 What a CLIP knows of this world without any of it is measured at the end.
 """
 
 import json
-import os
+import signal
 import statistics
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,17 +24,16 @@ from clip import (
     embed_texts,
     end_of_text,
     image_embedding,
-    noun_prompts,
     template_embedding,
     text_embedding,
     tokenize,
 )
-from config import MASK_PRESETS, MaskConfig
+from config import MASK_PRESETS, MaskConfig, UserError
 from data import select_nouns, shapes_tagger
 from datasets import load_benchmark, shapes
 from evaluate import IoU, Segmenter, benchmark_words, load_method
 from model import CoDe, highlight_image, highlight_text
-from segment import likeliest_nouns, search_caption
+from segment import likeliest_nouns, search_caption, word_masks
 
 ROOT = Path(__file__).parents[1]
 # Trainings on the CPU, where they are measured too, with one thread each: of such small ones two
@@ -44,14 +43,22 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 THRESHOLDS = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)  # of the background; 0.4 is the thesis's
 
 
-def start_training(out: Path, *options: str, show: bool = False) -> subprocess.Popen:
-    """`train.py` on the shapes world, in a process of its own.
-
-    show: let it write to the terminal; otherwise its messages are in the process's stderr.
-    """
-    command = [sys.executable, str(ROOT / "train.py"), *ON_SHAPES, "--out", str(out), *options]
-    hidden = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=os.environ | ONE_THREAD, **{} if show else hidden)
+def run_training(command: Sequence[str], environment: dict[str, str] | None = None) -> None:
+    """Run `train.py` to its end. Stopped before, let it save and end first. Raises UserError."""
+    for name in ("SIGTERM", "SIGHUP"):  # every way of stopping is one, Ctrl-C
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
+    # In a session of its own: a terminal's Ctrl-C would be the first of two signals, and the second
+    # ends a training without saving.
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
+    if code:
+        raise UserError(f"training ended with exit code {code}")
 
 
 def training_seconds(folder: Path) -> float:
@@ -65,10 +72,10 @@ def training_seconds(folder: Path) -> float:
 # --- of a trained model ---------------------------------------------------------------------------
 
 
-def segmenter_of(checkpoint: Path | None, pamr: bool = True) -> Segmenter:
+def segmenter_of(checkpoint: Path | None) -> Segmenter:
     """The segmenter of a run on the held-out scenes; without a checkpoint MaskCLIP's."""
     options = {"checkpoint": str(checkpoint)} if checkpoint else {"method": "maskclip"}
-    settings = MaskConfig(**MASK_PRESETS["shapes"], **options, pamr=pamr)
+    settings = MaskConfig(**MASK_PRESETS["shapes"], **options)
     clip, model = load_method(settings, torch.device("cpu"))
     words = benchmark_words(load_benchmark("shapes", ""), settings)
     return Segmenter(clip, model, words, settings)
@@ -85,6 +92,11 @@ def mean_ious(segmenter: Segmenter, scenes: int) -> dict[str, float]:
             _, labels = scores.label_map(image.size[::-1], threshold)
             iou.add(labels.numpy(), benchmark.label(i))
     return {str(threshold): iou.mean() for threshold, iou in sums.items()}
+
+
+def bare_words(caption: str) -> list[str]:
+    """Its words between spaces, without commas."""
+    return caption.replace(",", "").split()
 
 
 def nouns_of_words(words: Sequence[str]) -> list[str | None]:
@@ -114,19 +126,16 @@ def word_assignment_accuracy(model: CoDe, scenes: int) -> dict[str, float]:
     """
     found: dict[str, list[bool]] = {"nouns": [], "adjectives": []}
     for i in range(scenes):
-        words = shapes.scene("test", i).caption.replace(",", "").split()
-        asked = select_nouns(" ".join(words), shapes_tagger())
+        caption = shapes.scene("test", i).caption
+        words, asked = bare_words(caption), select_nouns(caption, shapes_tagger())
         if len(asked) < 2:
             continue
         asked = [asked[k] for k in np.random.default_rng(i).permutation(len(asked))[:2]]
-        tokens = tokenize([" ".join(words)])  # every word of this world is one token
-        x_t = model.word_features(tokens)
-        n = model.noun_embedding(noun_prompts(asked, len(model.context)))[:, None]
-        classes = model.text_segmenter.word_logits(x_t, n)[:, 0].argmax(0)
-        for word, noun, found_class in zip(words, nouns_of_words(words), classes[1:-1].tolist()):
+        likeliest = likeliest_nouns(word_masks(model, caption, asked)).tolist()
+        for word, noun, index in zip(words, nouns_of_words(words), likeliest):
             if noun in asked:
                 kind = "nouns" if word == noun else "adjectives"
-                found[kind].append(found_class == 1 + asked.index(noun))
+                found[kind].append(index == asked.index(noun))
     return {kind: 100 * statistics.mean(values or [0]) for kind, values in found.items()}
 
 
@@ -142,10 +151,9 @@ def region_and_word_accuracy(segmenter: Segmenter, scenes: int) -> dict[str, flo
     ious, right, counts = [], [], np.zeros(3)  # counts: words right, found, true
     for i in range(scenes):
         scene = shapes.scene("test", i)
-        caption = scene.caption.replace(",", "")
-        words, nouns = caption.split(), select_nouns(caption, shapes_tagger())
+        words, nouns = bare_words(scene.caption), select_nouns(scene.caption, shapes_tagger())
         networks = segmenter.clip, segmenter.model
-        search = search_caption(*networks, caption, nouns, segmenter.config)
+        search = search_caption(*networks, scene.caption, nouns, segmenter.config)
         labels = search.segmenter.label_map(Image.fromarray(scene.image), True).numpy()
         owners, likeliest = nouns_of_words(words), likeliest_nouns(search.masks)
         for k, noun in enumerate(nouns):
@@ -176,7 +184,8 @@ def true_mask_accuracy(model: CoDe, scenes: int) -> dict[str, float]:
     for i in range(scenes):
         scene = shapes.scene("test", i)
         image = to_input(scene.image[None])
-        words = scene.caption.replace(",", "").split()
+        words = bare_words(scene.caption)
+        # Every word of this world is one token; commas are nobody's, and are left out here.
         tokens = tokenize([" ".join(words)])
         embeddings, eot = clip.token_embedding(tokens), end_of_text(tokens)
         for thing in scene.things:

@@ -24,6 +24,7 @@ from clip import (
     PRIOR_TEMPLATES,
     image_embedding,
     load_clip,
+    noun_prompts,
     template_embedding,
     text_embedding,
     tokenize,
@@ -58,6 +59,7 @@ from experiments.measure import (
     segmenter_of,
     to_input,
     true_mask_accuracy,
+    word_assignment_accuracy,
 )
 from model import CoDe
 from segment import word_masks
@@ -164,9 +166,49 @@ def test_true_regions_and_words_stand_among_the_prompts():
     assert true_mask_accuracy(model, 6) == pytest.approx(want)
 
 
+def with_commas(monkeypatch, first: int) -> None:
+    """Let the scenes that are measured begin at `first`, where captions have commas."""
+    drawn = shapes.scene
+    monkeypatch.setattr(shapes, "scene", lambda split, i: drawn(split, first + i))
+    assert "," in shapes.scene("test", 0).caption
+
+
 @torch.no_grad()
-def test_regions_and_words_together_against_loops():
+def test_words_assigned_against_a_loop(monkeypatch):
+    """Two nouns of each caption, commas and all: the likeliest class of every token."""
+    with_commas(monkeypatch, 19)
+    torch.manual_seed(3)
+    model, right = CoDe(load_clip("shapes"), model_config()), {"nouns": [], "adjectives": []}
+    for i in range(5):
+        words = shapes.scene("test", i).caption.replace(",", " ,").split()
+        nouns = [w for w in words if w in shapes.NOUNS]
+        nouns = sorted(set(nouns), key=nouns.index)
+        if len(nouns) < 2:
+            continue
+        asked = [nouns[k] for k in np.random.default_rng(i).permutation(len(nouns))[:2]]
+        tokens = tokenize([" ".join(words)])
+        n = model.noun_embedding(noun_prompts(asked, len(model.context)))[:, None]
+        logits = model.text_segmenter.word_logits(model.word_features(tokens), n)[:, 0]
+        share = logits.softmax(0)[:, 1:-1].T.numpy()  # (tokens, "none" and two nouns)
+        owners = nouns_of_words([word for word in words if word != ","])
+        place = 0
+        for owner in owners:
+            own = [share[place]]
+            word, place = words[place], place + 1
+            if words[place : place + 1] == [","]:  # a word between spaces has its comma
+                own, place = [*own, share[place]], place + 1
+            if owner in asked:
+                found = np.mean(own, axis=0).argmax() == 1 + asked.index(owner)
+                right["nouns" if word == owner else "adjectives"].append(found)
+    got = word_assignment_accuracy(model, 5)
+    assert got == pytest.approx({kind: 100 * np.mean(found) for kind, found in right.items()})
+    assert 0 < got["adjectives"] < 100
+
+
+@torch.no_grad()
+def test_regions_and_words_together_against_loops(monkeypatch):
     """Every object of a caption: its region pixel by pixel, its words one by one."""
+    with_commas(monkeypatch, 19)
     torch.manual_seed(0)
     model = CoDe(load_clip("shapes"), model_config())
     settings, names = MaskConfig(**MASK_PRESETS["shapes"], background=0.3), list(shapes.OBJECTS)
@@ -180,7 +222,7 @@ def test_regions_and_words_together_against_loops():
         labels = Segmenter(model.clip, model, nouns, settings).label_map(
             Image.fromarray(scene.image), True
         )
-        masks = word_masks(model, " ".join(words), nouns)
+        masks = word_masks(model, scene.caption, nouns)
         for k, noun in enumerate(nouns):
             if noun not in [thing.noun for thing in scene.things]:
                 continue

@@ -311,7 +311,7 @@ def test_a_checkpoint_is_needed(world, monkeypatch, mistake):
     monkeypatch.setattr("segment.load_method", lambda *_: pytest.fail("it was loaded"))
     (world / "pairs.txt").write_text("scene.png\ta bug")
     for more in (("--captions", "pairs.txt"), ("scene.png", "--caption", "a bug")):
-        message = mistake(main, "--preset", "shapes", *more)
+        message = mistake(main, "--preset", "shapes", "--method", "maskclip", *more)
         assert f"{more[-2]}: this method has no text segmenter" in message
         assert "a --checkpoint of CoDe" in message
 

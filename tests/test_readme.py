@@ -14,6 +14,7 @@ from conftest import ROOT
 import config
 from config import MASK_PRESETS, TRAIN_PRESETS
 from datasets import DATASETS
+from experiments.demo import DemoConfig
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
@@ -189,7 +190,7 @@ def test_every_benchmark_has_a_row_with_its_classes():
 
 def test_the_demo_takes_as_many_steps_as_it_says():
     readme = (ROOT / "README.md").read_text("utf-8")
-    assert f"({TRAIN_PRESETS['shapes']['steps']:,} steps" in readme
+    assert f"({DemoConfig().steps:,} steps of {TRAIN_PRESETS['shapes']['batch_size']}" in readme
 
 
 def test_the_recipe_of_the_shapes_world_is_the_presets():

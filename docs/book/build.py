@@ -1,7 +1,7 @@
 """Build docs/read.html: chapter 3 of the thesis with its equations, the code that does them, and
 what that code does to one pair of the shapes world while training goes on.
 
-    python -m docs.book.build        # or `make read`; shows the training of `make demo`
+    python -m docs.book.build        # or `make read`; shows the training of `make model`
 
 Each section of the thesis has two files here, its prose (NAME.html, equations in LaTeX) and its
 figures (NAME.py, of the `Decomposition`s that `observe.py` keeps); page.* is what stands around
@@ -36,7 +36,9 @@ ROOT = HERE.parents[1]
 class BookConfig:
     """The page."""
 
-    run: str = option("out/demo", "folder of the training that is shown, with its step-N.pt")
+    run: str = option(
+        "out/shapes_model", "folder of the training that is shown, with its step-N.pt"
+    )
     out: str = option("docs/read.html", "the page to write")
     pair: int = option(15, "held-out scene that the page follows", low=0, high=499)
 

@@ -85,7 +85,10 @@ def observe(run: Path, pair: int) -> list[Observation]:
     """
     kept = {int(path.stem.removeprefix("step-")): path for path in run.glob("step-*.pt")}
     if not kept:
-        raise UserError(f"{run} holds no step-N.pt to show: `make demo` leaves some in out/demo")
+        raise UserError(
+            f"{run} holds no step-N.pt to show: `make model` leaves some in out/shapes_model, "
+            "`make demo` in out/demo"
+        )
     content = read_checkpoint(run / "last.pt")
     config = TrainConfig(**content["train_config"])
     models = {0: first_model(ModelConfig(**content["model_config"]), config.seed)}
