@@ -15,6 +15,7 @@ from config import (
     ModelConfig,
     TrainConfig,
     UserError,
+    chosen,
     option,
     parse,
     settle,
@@ -163,6 +164,21 @@ def test_a_configuration_says_what_was_done():
 def test_contradictions_are_refused(options, message, mistake, tmp_path):
     said = mistake(train.main, "--preset", "shapes", "--out", tmp_path / "out", *options)
     assert message in said and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words, value",
+    [
+        (["a", "--preset", "shapes", "b"], "shapes"),
+        (["--preset=shapes"], "shapes"),
+        (["--preset", "thesis", "--preset", "shapes"], "shapes"),
+        (["--", "--preset", "shapes"], None),
+        (["--prior-bias", "-1", "shapes"], None),
+        (["a", "--preset"], None),  # `parse` says that a value is missing
+    ],
+)
+def test_an_option_that_is_known_before_the_others(words, value):
+    assert chosen("preset", words) == value
 
 
 def test_options_are_not_abbreviated(mistake):

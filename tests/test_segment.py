@@ -77,6 +77,11 @@ def test_without_background_every_pixel_has_a_word(world, tmp_path):
             "thesis protocol, code with 30% maskclip prior, refined, 2 queries",
         ),
         (
+            ("--preset=shapes", "--method", "code"),
+            "no --checkpoint: the trained model that comes with the shapes world",
+            "thesis protocol, code with 30% maskclip prior, refined, 2 queries",
+        ),
+        (
             ("--preset", "shapes", "--method", "maskclip"),
             None,  # what was asked for needs no announcement
             "training-free protocol, maskclip, refined, 2 queries and 5 of the background",
