@@ -46,8 +46,9 @@ THRESHOLDS = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)  # of the background; 0.4 is
 def run_training(command: Sequence[str], environment: dict[str, str] | None = None) -> None:
     """Run `train.py` to its end. Stopped before, let it save and end first. Raises UserError."""
     for name in ("SIGTERM", "SIGHUP"):  # every way of stopping is one, Ctrl-C
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.default_int_handler)
+        number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup has it ignored
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     # In a session of its own: a terminal's Ctrl-C would be the first of two signals, and the second
     # ends a training without saving.
     process = subprocess.Popen(command, env=environment, start_new_session=True)

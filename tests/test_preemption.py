@@ -73,7 +73,7 @@ def test_a_terminal_that_goes_away_asks_to_stop_but_for_nohup(ignored, received)
     """In a process of its own, since handlers belong to a process."""
     code = (
         "import os, signal, support.distributed as d\n"
-        f"{ignored} and signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        f"signal.signal(signal.SIGHUP, signal.{'SIG_IGN' if ignored else 'SIG_DFL'})\n"
         "found = d.stop_signals()\n"
         "os.kill(os.getpid(), signal.SIGHUP)\n"
         "print(len(found))"

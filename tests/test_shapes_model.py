@@ -1,6 +1,8 @@
 """The trained model that comes with the shapes world: its file, and how it is made and found."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -70,6 +72,38 @@ def test_a_missing_file_is_named(monkeypatch, tmp_path):
 def test_more_steps_are_kept_where_more_happens():
     assert kept_steps(1000) == [20, 50, 100, 200, 400, 700, 1000]
     assert kept_steps(2) == [1, 2] and kept_steps(1) == [1]
+
+
+TRAINING = """
+import signal, sys, time
+received = []
+signal.signal(signal.SIGTERM, lambda *_: received.append("TERM"))
+signal.signal(signal.SIGINT, lambda *_: received.append("INT"))
+print("started", flush=True)
+while not received:
+    time.sleep(0.05)
+time.sleep(0.3)  # saves, while a second signal would end it
+print(received, flush=True)
+"""
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT"])
+def test_a_stopped_training_saves_first(how):
+    """To one process as `kill` sends it, to all of the terminal's as Ctrl-C does."""
+    code = "import sys; from config import run_script; from experiments.measure import run_training"
+    code += "\nrun_script(lambda: run_training([sys.executable, '-c', sys.argv[1]]))"
+    running = subprocess.Popen(
+        [sys.executable, "-c", code, TRAINING],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert running.stdout.readline() == "started\n"
+    send = os.kill if how == "SIGTERM" else os.killpg
+    send(running.pid, getattr(signal, how))
+    assert running.communicate(timeout=20)[0] == "['TERM']\n"  # one signal, and it was waited for
+    assert running.returncode == 130
 
 
 @pytest.mark.slow
