@@ -34,6 +34,7 @@ from datasets import load_benchmark, shapes
 from evaluate import IoU, Segmenter, benchmark_words, load_method
 from model import CoDe, highlight_image, highlight_text
 from segment import likeliest_nouns, search_caption, word_masks
+from support.distributed import heard_signals
 
 ROOT = Path(__file__).parents[1]
 # Trainings on the CPU, where they are measured too, with one thread each: of such small ones two
@@ -45,9 +46,8 @@ THRESHOLDS = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)  # of the background; 0.4 is
 
 def run_training(command: Sequence[str], environment: dict[str, str] | None = None) -> None:
     """Run `train.py` to its end. Stopped before, let it save and end first. Raises UserError."""
-    for name in ("SIGTERM", "SIGHUP"):  # every way of stopping is one, Ctrl-C
-        number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup has it ignored
-        if number and signal.getsignal(number) != signal.SIG_IGN:
+    for number in heard_signals():
+        if number != signal.SIGINT:  # every way of stopping is one, Ctrl-C
             signal.signal(number, signal.default_int_handler)
     # In a session of its own: a terminal's Ctrl-C would be the first of two signals, and the second
     # ends a training without saving.

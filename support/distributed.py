@@ -94,6 +94,13 @@ def first_process_first() -> Iterator[None]:
             any_process(failed)
 
 
+def heard_signals() -> list[int]:
+    """Those that ask a program to stop, without SIGHUP where nohup lets it be ignored."""
+    hangup = getattr(signal, "SIGHUP", None)
+    deaf = hangup is not None and signal.getsignal(hangup) == signal.SIG_IGN
+    return [number for number in STOP_SIGNALS if not (deaf and number == hangup)]
+
+
 def stop_signals() -> list[float]:
     """When this process received SIGTERM, SIGINT or SIGHUP, from now on; a second one ends it at
     once.
@@ -111,9 +118,8 @@ def stop_signals() -> list[float]:
             os._exit(128 + number)
         received.append(time.monotonic())
 
-    for number in STOP_SIGNALS:
-        if number != getattr(signal, "SIGHUP", None) or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, receive)
+    for number in heard_signals():
+        signal.signal(number, receive)
     return received
 
 

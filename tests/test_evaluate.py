@@ -130,6 +130,10 @@ def test_background_is_where_no_class_exceeds_the_threshold():
     [
         (("--dataset", "imagenet"), "not one of"),
         (("--dataset", "voc", "--root", "nowhere"), "nowhere/VOCdevkit/VOC2012 is missing"),
+        (
+            ("--dataset", "voc", "--root", str(ROOT / "tests" / "golden" / "raw")),
+            "needs --checkpoint",
+        ),
         (("--dataset", "shapes", "--checkpoint", "nowhere.pt"), "nowhere.pt: no such checkpoint"),
         (("--dataset", "shapes", "--method", "sam"), "'code' or 'maskclip'; see training_free.py"),
         (("--limit", "many"), "invalid int value: 'many'"),
