@@ -148,7 +148,8 @@ def lost_processes(advice: str = "") -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = str(error).splitlines()[0] if str(error) else ""
-        if "DataLoader worker" in reason:
+        # On a GPU a thread of the main process takes the batches, and may end with the worker.
+        if "DataLoader worker" in reason or "Pin memory thread" in reason:
             raise UserError(f"a data loading process ended ({reason}): {advice}") from error
         if any(words in str(error) for words in ("by peer", "remote process exited")):
             raise UserError("another process ended: its message says why") from error

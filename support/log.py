@@ -61,10 +61,17 @@ class Log:
     def wait_for(self, batches: Iterator) -> Any:
         """The next batch, with the time until it comes and what was skipped on the way noted.
 
-        Raises the UserError that a reader sends instead where the data is unusable.
+        Raises the UserError that a reader sends instead where the data is unusable, and
+        RuntimeError where a loader worker has ended.
         """
         asked = time.perf_counter()
-        batch = next(batches)
+        try:
+            batch = next(batches)
+        except (ConnectionError, EOFError) as error:
+            # It ended while it handed over a batch: torch learns of its end a moment later, and
+            # then raises what stands here.
+            reason = str(error) or "the connection is closed"
+            raise RuntimeError(f"DataLoader worker ended while sending: {reason}") from error
         self.waited += time.perf_counter() - asked
         if isinstance(batch, UserError):
             raise batch

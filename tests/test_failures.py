@@ -5,14 +5,20 @@ import resource
 import signal
 import subprocess
 import time
+from multiprocessing import connection
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 from runs import ENVIRONMENT, TINY, command, log, processes_of
+from torch.utils.data import DataLoader
 
 from checkpoint import read_checkpoint
+from config import TrainConfig, UserError
+from support.distributed import end_workers, lost_processes
+from support.log import Log
 
 pytestmark = pytest.mark.slow
 
@@ -84,9 +90,33 @@ def kill_a_worker(out: Path) -> None:
 def test_a_killed_loader_worker(tmp_path):
     options = ("--workers", "2", "--steps", "500", "--checkpoint-every", "1")
     code, said, seconds = fail(tmp_path, *options, when=kill_a_worker)
-    assert code == 2 and seconds < SECONDS
+    assert code == 2 and seconds < SECONDS, said
     assert "a data loading process ended" in said and "fewer --workers" in said
     assert read_checkpoint(tmp_path / "last.pt")["step"] >= 1
+
+
+def die_while_sending(worker: int) -> None:
+    """worker_init_fn: it ends as the main process comes for its batch. As where the kernel kills
+    it: first its connections are closed, then its parent is told."""
+
+    def end(connected, key) -> None:
+        connected.close()
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    connection.deliver_challenge = end
+
+
+def test_a_loader_worker_killed_while_it_hands_over_a_batch(tmp_path):
+    loader = DataLoader(
+        [torch.zeros(9)] * 8, batch_size=None, num_workers=1, worker_init_fn=die_while_sending
+    )
+    ended = pytest.raises(UserError, match="a data loading process ended .*: fewer")
+    try:
+        with ended, lost_processes("fewer"):
+            Log(tmp_path, TrainConfig(), 0, writes=False).wait_for(iter(loader))
+    finally:
+        end_workers()
 
 
 def kill_a_process(out: Path) -> None:
@@ -108,7 +138,7 @@ def test_a_killed_process_of_two_takes_the_other_along(tmp_path):
     code, said, seconds = fail(
         tmp_path, "--workers", "1", "--steps", "500", processes=2, when=kill_a_process
     )
-    assert code == 1 and seconds < SECONDS
+    assert code == 1 and seconds < SECONDS, said
     assert "another process ended: its message says why" in said
 
 
@@ -128,7 +158,7 @@ def test_an_output_folder_that_disappears(tmp_path, processes):
         processes=processes,
         when=remove_the_folder,
     )
-    assert code == (2 if processes == 1 else 1) and seconds < SECONDS
+    assert code == (2 if processes == 1 else 1) and seconds < SECONDS, said
     assert "log.jsonl could not be written (No such file or directory)" in said
     assert len(log(tmp_path / "elsewhere")) >= 1
 
