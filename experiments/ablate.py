@@ -120,6 +120,7 @@ def as_options(values: dict) -> tuple[str, ...]:
     return tuple(words)
 
 
+WITHOUT_TEXT = ("--lambda-hcl", "0", "--lambda-seg-t", "0")
 CONTRASTS = ("--image-contrast", "0.1", "--region-contrast", "0.1")  # the thesis's
 
 ROWS = {
@@ -131,7 +132,7 @@ ROWS = {
         hours=8,
     ),
     # L_seg^v looks at regions on P^v, as CoDe's does: the control for what the text adds.
-    "r": Row("image segmenter + R", ("--lambda-hcl", "0", "--lambda-seg-t", "0"), ("baseline",)),
+    "r": Row("image segmenter + R", WITHOUT_TEXT, ("baseline",)),
     "c": Row(
         "+ C",
         ("--no-word-prompt", "--no-region-prompt"),
@@ -168,7 +169,11 @@ ROWS = {
         ("cwr",),
     ),
     "alone_0.1": Row("image segmenter only, at 0.1", ("--no-co-decomposition", *CONTRASTS)),
-    "cwr_0.1": Row("CoDe, at 0.1", CONTRASTS, ("alone_0.1",)),
+    "r_0.1": Row("image segmenter + R, at 0.1", (*WITHOUT_TEXT, *CONTRASTS), ("alone_0.1",)),
+    "nouns_0.1": Row(
+        "bare noun embeddings, at 0.1", ("--no-word-segments", *CONTRASTS), ("r_0.1",)
+    ),
+    "cwr_0.1": Row("CoDe, at 0.1", CONTRASTS, ("alone_0.1", "r_0.1", "nouns_0.1")),
 }
 PARTS = ("baseline", "r", "c", "cw", "cr", "cwr")
 TABLES = {
@@ -180,10 +185,10 @@ TABLES = {
         *("cwr", "nouns", "labels", "release"),
     ),
     "The contrasts at the thesis's 0.1 (the preset of the shapes world: 0.5)": (
-        *("baseline", "cwr", "alone_0.1", "cwr_0.1"),
+        *("baseline", "r", "cwr", "alone_0.1", "r_0.1", "nouns_0.1", "cwr_0.1"),
     ),
 }
-SHAPES_ALONE = ("alone_0.1", "cwr_0.1")  # elsewhere 0.1 is the default
+SHAPES_ALONE = ("alone_0.1", "r_0.1", "nouns_0.1", "cwr_0.1")  # elsewhere 0.1 is the default
 
 # Student's t at 95 % for two rows of so many seeds: how many standard errors are no noise.
 NOISE = {2: 4.30, 3: 2.78, 4: 2.45, 5: 2.31}

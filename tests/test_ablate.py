@@ -453,10 +453,13 @@ def test_every_row_is_a_command_line_that_train_takes(row, monkeypatch):
     changed |= {"c": not model.word_prompt and not model.region_prompt}
     changed |= {"cw": model.word_prompt and not model.region_prompt}
     changed |= {"cr": model.region_prompt and not model.word_prompt}
-    changed |= {"r": loss.lambda_hcl == loss.lambda_seg_t == 0 and model == parsed()[1]}
+    without_text = loss.lambda_hcl == loss.lambda_seg_t == 0 and model == parsed()[1]
+    changed |= {"r": without_text}
     changed |= {"cwr": (model, loss) == parsed()[1:], "labels": loss.pseudo_labels == "release"}
     changed |= {"release": model.text_attention == "all" and loss.lambda_kg == 4}
     contrasts = loss.image_contrast == loss.region_contrast == 0.1
     changed |= {"alone_0.1": contrasts and not model.co_decomposition, "cwr_0.1": contrasts}
+    changed |= {"r_0.1": contrasts and without_text}
+    changed |= {"nouns_0.1": contrasts and not model.word_segments}
     changed |= {f"hcl_{value}": loss.lambda_hcl == value for value in (0.05, 0.1, 0.25, 0.75, 1.0)}
     assert changed[row]
