@@ -655,9 +655,10 @@ def write_results(names: Sequence[str], config: AblateConfig) -> str:
         return "no row has all its runs yet"
     results, rows = Path(config.results), {name: read_metrics(name, config) for name in complete}
     first = run_folder(complete[0], seeds_of(complete[0], config)[0], config)
-    facts = {"steps": json.loads((first / "config.json").read_text("utf-8"))["train"]["steps"]}
+    settings = json.loads((first / "config.json").read_text("utf-8"))
+    facts = {"steps": settings["train"]["steps"]}
     if config.on_shapes:
-        maskclip = segmenter_of(None)
+        maskclip = segmenter_of(None, settings["model"]["clip_weights"])
         facts |= {"scenes": config.scenes, "maskclip": mean_ious(maskclip, config.scenes)["0.4"]}
         segmenters = {"MaskCLIP": maskclip}
         for name in (name for name in PARTS if name in complete):

@@ -1,4 +1,4 @@
-"""Is it blanks that co-decomposition stumbles over? Show this world's CLIP some, and see.
+"""Does co-decomposition fail because CLIP has never seen blanked images? Show it some, and see.
 
     python -m experiments.blanks                 # minutes of one core; writes out/blanks/clip.pt
     python -m experiments.blanks --no-blank --out out/blanks/control.pt
@@ -7,8 +7,8 @@
 
 Section 3.3 says that CLIP, trained on whole images, misreads highlighted ones, whose blanks it has
 never seen. So the shipped image tower is trained on with single objects on plain ground among whole
-scenes. The control sees the same objects on their own ground. What the scenes around it look like
-patch by patch is held: the dense features of the new tower stay those of the old one.
+scenes. The control sees the same objects on their own ground. A penalty keeps the dense features of
+whole scenes, which masks are made of, as the shipped tower has them.
 """
 
 import copy
@@ -31,7 +31,7 @@ from clip import (
     load_clip,
     visual_hidden,
 )
-from config import TRAIN_PRESETS, ModelConfig, option, parse, run_script
+from config import TRAIN_PRESETS, ModelConfig, UserError, option, parse, run_script
 from datasets import shapes
 from experiments.measure import (
     mean_ious,
@@ -46,13 +46,15 @@ from model import CoDe
 from support.files import refuse_folder
 
 HALF = 32  # whole scenes in a batch, and as many single objects
+PEAK_RATE, WARMUP_STEPS = 2e-4, 40
+HOLD = 10  # weight of the dense features' cosine distance
 
 
 @dataclass
 class BlanksConfig:
     """The image tower's further training."""
 
-    steps: int = option(200, "steps of 64 images", low=1)
+    steps: int = option(200, "training steps of 64 images", low=1)
     scenes: int = option(6000, "drawn, half of them with a single object", low=2)
     blank: bool = option(True, "single objects on plain ground; otherwise on their own ground")
     seed: int = option(0, "of the batches", low=0)
@@ -62,8 +64,8 @@ class BlanksConfig:
 
 def name_of(rng: np.random.Generator, thing: shapes.Thing) -> str:
     """One of CLIP's templates, which speak of no ground: "a photo of the large striped kite."."""
-    template = IMAGENET_TEMPLATES[rng.integers(80)]
-    return template.format(shapes.describe(rng, thing, article=False, coloured=0.9))
+    template = IMAGENET_TEMPLATES[rng.integers(len(IMAGENET_TEMPLATES))]
+    return template.format(shapes.describe(rng, thing, article=False))
 
 
 def draw_batch(
@@ -75,7 +77,7 @@ def draw_batch(
     """
     some = [whole[i] for i in rng.choice(len(whole), HALF)]
     alone = [single[i] for i in rng.choice(len(single), HALF)]
-    captions = [shapes.caption_of(rng, scene.things, scene.surfaces, 0.9) for scene in some]
+    captions = [shapes.caption_of(rng, scene.things, scene.surfaces) for scene in some]
     captions += [name_of(rng, scene.things[0]) for scene in alone]
     objects = to_input(np.stack([scene.image for scene in alone]))
     if blank:
@@ -92,7 +94,7 @@ def dense(clip: open_clip.CLIP, x: Tensor) -> Tensor:
 
 
 def train_on(clip: open_clip.CLIP, config: BlanksConfig) -> None:
-    """CLIP's InfoNCE with a frozen text tower, and 10 times the cosine distance of the whole
+    """CLIP's InfoNCE with a frozen text tower, and HOLD times the cosine distance of the whole
     scenes' dense features from those of before."""
     before, rng = copy.deepcopy(clip), np.random.default_rng(config.seed)
     whole = [shapes.scene("pretrain", i) for i in range(0, config.scenes, 2)]
@@ -102,13 +104,13 @@ def train_on(clip: open_clip.CLIP, config: BlanksConfig) -> None:
     for step in tqdm(range(config.steps), "image tower"):
         cosine = math.cos(math.pi * step / config.steps)
         for group in optimizer.param_groups:
-            group["lr"] = 2e-4 * min(1, (step + 1) / 40) * (1 + cosine) / 2
+            group["lr"] = PEAK_RATE * min(1, (step + 1) / WARMUP_STEPS) * (1 + cosine) / 2
         x, captions = draw_batch(rng, whole, single, config.blank)
         with torch.no_grad():
             held = dense(before, x[:HALF])
         distance = 1 - (dense(clip, x[:HALF]) * held).sum(-1).mean()
         loss = contrastive_loss(clip, image_embedding(clip, x), captions)
-        update(optimizer, learned, loss + 10 * distance)
+        update(optimizer, learned, loss + HOLD * distance)
 
 
 def store(clip: open_clip.CLIP, out: str) -> None:
@@ -121,6 +123,8 @@ def store(clip: open_clip.CLIP, out: str) -> None:
 def main() -> None:
     (config,) = parse(__doc__, BlanksConfig)
     refuse_folder(config.out)
+    if Path(config.out).resolve() == SHAPES_WEIGHTS.resolve():
+        raise UserError(f"--out {config.out}: the shipped CLIP; name another file")
     torch.set_num_threads(1)
     clip = load_clip("shapes")
     train_on(clip, config)

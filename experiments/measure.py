@@ -73,13 +73,13 @@ def training_seconds(folder: Path) -> float:
 # --- of a trained model ---------------------------------------------------------------------------
 
 
-def segmenter_of(checkpoint: Path | None, weights: Path | None = None) -> Segmenter:
+def segmenter_of(checkpoint: Path | None, weights: str | Path = "openai") -> Segmenter:
     """The segmenter of a run on the held-out scenes; without a checkpoint MaskCLIP's.
 
-    weights: of another CLIP than the shipped one.
+    weights: a file with MaskCLIP's CLIP, the shipped one by default.
     """
-    options = {"checkpoint": str(checkpoint)} if checkpoint else {"method": "maskclip"}
-    options |= {"clip_weights": str(weights)} if weights else {}
+    without = {"method": "maskclip", "clip_weights": str(weights)}
+    options = {"checkpoint": str(checkpoint)} if checkpoint else without
     settings = MaskConfig(**MASK_PRESETS["shapes"], **options)
     clip, model = load_method(settings, torch.device("cpu"))
     words = benchmark_words(load_benchmark("shapes", ""), settings)

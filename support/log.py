@@ -68,8 +68,10 @@ class Log:
         try:
             batch = next(batches)
         except (ConnectionError, EOFError) as error:
-            # It ended while it handed over a batch: torch learns of its end a moment later, and
-            # then raises what stands here.
+            if self.config.workers == 0:
+                raise
+            # A worker was killed while it sent a batch. torch would notice a moment later and
+            # raise a RuntimeError that begins like this one.
             reason = str(error) or "the connection is closed"
             raise RuntimeError(f"DataLoader worker ended while sending: {reason}") from error
         self.waited += time.perf_counter() - asked

@@ -22,6 +22,7 @@ from runs import ENVIRONMENT, processes_of
 from checkpoint import read_checkpoint
 from clip import (
     PRIOR_TEMPLATES,
+    SHAPES_WEIGHTS,
     image_embedding,
     load_clip,
     noun_prompts,
@@ -291,8 +292,13 @@ def test_it_trains_measures_draws_and_skips_what_is_done(tmp_path, mistake, monk
 
 
 def test_it_can_be_stopped_and_given_again(tmp_path):
+    """Here with another CLIP, whose MaskCLIP the page compares with."""
+    other = torch.load(SHAPES_WEIGHTS, weights_only=True)
+    other["state"]["visual.proj"] = other["state"]["visual.proj"].flip(0)
+    torch.save(other, tmp_path / "clip.pt")
     command = [*ABLATE, "--out", str(tmp_path), "--rows", "c", "--seeds", "0"]
     command += ["--scenes", "2", "--results", str(tmp_path / "r"), "--", "--steps", "20"]
+    command += ["--clip-weights", str(tmp_path / "clip.pt")]
     first, log = subprocess.Popen(command, cwd=ROOT), tmp_path / "c" / "0" / "log.jsonl"
     while not log.exists():
         assert first.poll() is None
@@ -304,7 +310,10 @@ def test_it_can_be_stopped_and_given_again(tmp_path):
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps[-1] == 20 and read_checkpoint(log.with_name("last.pt"))["step"] == 20
-    assert "| + C |" in (tmp_path / "r" / "ablation.md").read_text()
+    page = (tmp_path / "r" / "ablation.md").read_text()
+    maskclip = mean_ious(segmenter_of(None, tmp_path / "clip.pt"), 2)["0.4"]
+    assert "| + C |" in page and f"(MaskCLIP): {maskclip:.1f}." in page
+    assert f"{mean_ious(segmenter_of(None), 2)['0.4']:.1f}" != f"{maskclip:.1f}"
 
 
 def test_what_is_checked_before_anything_is_trained(tmp_path, mistake):

@@ -1,5 +1,6 @@
 """The shapes world's CLIP after it has seen objects on plain ground."""
 
+import re
 import subprocess
 import sys
 
@@ -30,7 +31,7 @@ def test_the_control_sees_the_same_batch_on_its_own_ground():
         object_alone = to_input(scene.image[None])[0] * torch.from_numpy(scene.label > 0)
         shown[scene.things[0].noun] = shown.get(scene.things[0].noun, []) + [object_alone]
     for image, name in zip(plain[half:], names[half:]):
-        (noun,) = [noun for noun in shapes.OBJECTS if noun in name]
+        (noun,) = [noun for noun in shapes.OBJECTS if noun in re.findall(r"\w+", name)]
         views = [view for alone in shown[noun] for view in (alone, alone.flip(-1))]
         assert any(torch.equal(image, view) for view in views), name
 
@@ -52,5 +53,6 @@ def test_a_step_and_the_file_that_it_leaves(tmp_path):
     assert changed and all(name.startswith("visual.") for name in changed)
 
 
-def test_a_folder_for_a_file(tmp_path, mistake):
+def test_files_that_are_not_written(tmp_path, mistake):
     assert "a folder, not a file to write" in mistake(blanks.main, "--out", tmp_path)
+    assert "the shipped CLIP; name another file" in mistake(blanks.main, "--out", SHAPES_WEIGHTS)
