@@ -2,7 +2,7 @@
 
     python -m experiments.blanks                 # minutes of one core; writes out/blanks/clip.pt
     python -m experiments.blanks --no-blank --out out/blanks/control.pt
-    python -m experiments.ablate --rows baseline c --seeds 0 1 2 --out out/blanks/runs \\
+    python -m experiments.ablate --rows baseline c --seeds 0 1 --out out/blanks/runs \\
         --results out/blanks -- --clip-weights out/blanks/clip.pt
 
 Section 3.3 says that CLIP, trained on whole images, misreads highlighted ones, whose blanks it has
