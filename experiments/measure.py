@@ -46,9 +46,9 @@ THRESHOLDS = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)  # of the background; 0.4 is
 
 def run_training(command: Sequence[str], environment: dict[str, str] | None = None) -> None:
     """Run `train.py` to its end. Stopped before, let it save and end first. Raises UserError."""
+    # Every way of stopping is one, Ctrl-C, which a shell lets its background jobs ignore.
     for number in heard_signals():
-        if number != signal.SIGINT:  # every way of stopping is one, Ctrl-C
-            signal.signal(number, signal.default_int_handler)
+        signal.signal(number, signal.default_int_handler)
     # In a session of its own: a terminal's Ctrl-C would be the first of two signals, and the second
     # ends a training without saving.
     process = subprocess.Popen(command, env=environment, start_new_session=True)
