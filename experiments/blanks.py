@@ -12,7 +12,6 @@ whole scenes, which masks are made of, as the shipped tower has them.
 """
 
 import copy
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from clip import (
     load_clip,
     visual_hidden,
 )
-from config import TRAIN_PRESETS, ModelConfig, UserError, option, parse, run_script
+from config import ModelConfig, UserError, option, parse, run_script
 from datasets import shapes
 from experiments.measure import (
     mean_ious,
@@ -41,7 +40,7 @@ from experiments.measure import (
     true_mask_accuracy,
     zero_shot_accuracy,
 )
-from experiments.pretrain import clip_optimizer, contrastive_loss, update
+from experiments.pretrain import clip_optimizer, contrastive_loss, set_learning_rate, update
 from model import CoDe
 from support.files import refuse_folder
 
@@ -102,9 +101,7 @@ def train_on(clip: open_clip.CLIP, config: BlanksConfig) -> None:
     learned = nn.ModuleList([clip.visual.requires_grad_(True)])
     optimizer = clip_optimizer(learned)
     for step in tqdm(range(config.steps), "image tower"):
-        cosine = math.cos(math.pi * step / config.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = PEAK_RATE * min(1, (step + 1) / WARMUP_STEPS) * (1 + cosine) / 2
+        set_learning_rate(optimizer, step, 0, config.steps, PEAK_RATE, WARMUP_STEPS)
         x, captions = draw_batch(rng, whole, single, config.blank)
         with torch.no_grad():
             held = dense(before, x[:HALF])
@@ -131,9 +128,8 @@ def main() -> None:
     store(clip, config.out)
     for path in (SHAPES_WEIGHTS, Path(config.out)):
         clip = load_clip("shapes", str(path))
-        names = ModelConfig.__dataclass_fields__.keys() & TRAIN_PRESETS["shapes"].keys()
-        model = CoDe(clip, ModelConfig(**{name: TRAIN_PRESETS["shapes"][name] for name in names}))
-        regions = true_mask_accuracy(model, config.held_out)["regions"]  # P^v is zeros: on blanks
+        untrained = CoDe(clip, ModelConfig())  # its P^v is zeros: blanks
+        regions = true_mask_accuracy(untrained, config.held_out)["regions"]
         miou = mean_ious(segmenter_of(None, path), config.held_out)["0.4"]
         objects = zero_shot_accuracy(clip, config.held_out)
         retrieval = retrieval_accuracy(clip, max(1, config.held_out // 100))

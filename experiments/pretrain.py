@@ -170,12 +170,18 @@ def clip_optimizer(learned: nn.Module) -> torch.optim.AdamW:
 
 
 def set_learning_rate(
-    optimizer: torch.optim.Optimizer, step: int, constant: int, falling: int
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    constant: int,
+    falling: int,
+    peak: float = 1e-3,
+    warmup: int = 100,
 ) -> None:
-    """A short warm-up to 1e-3, `constant` steps there, then `falling` ones to zero by a cosine."""
+    """`constant` steps at the peak, then `falling` ones to zero by a cosine; in the first of them
+    a linear warm-up."""
     cosine = math.cos(math.pi * max(0, step - constant) / falling)
     for group in optimizer.param_groups:
-        group["lr"] = 1e-3 * min(1, (step + 1) / 100) * (1 + cosine) / 2
+        group["lr"] = peak * min(1, (step + 1) / warmup) * (1 + cosine) / 2
 
 
 def update(optimizer: torch.optim.Optimizer, learned: nn.Module, loss: Tensor) -> None:
