@@ -371,8 +371,8 @@ def train(run: Run, loader: Iterable[Batch | UserError], stopping: Sequence[floa
         if ddp is None or run.step == unfreeze_step:
             model.image_segmenter.block.requires_grad_(run.step >= unfreeze_step)
             ddp = model
-            if process_count() > 1:  # CLIP's buffers are constant: nothing to broadcast
-                ddp = DistributedDataParallel(model, broadcast_buffers=False)
+            if process_count() > 1:
+                ddp = DistributedDataParallel(model)
         rate = learning_rate(run.step, config)
         for group in optimizer.param_groups:
             group["lr"] = rate
