@@ -604,8 +604,9 @@ NOISE_TEXT = (
 SHAPES_TEXT = f"""\
 # Ablations on the shapes world
 
-Made by `python -m experiments.ablate`: {{steps}} steps a run; mIoU with background in percent on
-{{scenes}} held-out scenes, refined, threshold 0.4: mean ± standard deviation of the seeds.
+Made by `python -m experiments.ablate`: {{steps}} steps of {{pairs}} pairs a run; mIoU with
+background in percent on {{scenes}} held-out scenes, refined, threshold 0.4: mean ± standard
+deviation of the seeds.
 {NOISE_TEXT} *Words assigned*: words whose likeliest class (Eq. 3.3) is their noun, two nouns being
 asked for. *Objects right*: of the objects that captions name, all nouns being asked for, those with
 a region of IoU 50 % or more, those with exactly their own nouns and adjectives, those with both.
@@ -617,9 +618,10 @@ Without any training (MaskCLIP): {{maskclip:.1f}}."""
 BENCHMARKS_TEXT = f"""\
 # Ablations on benchmarks
 
-Made by `python -m experiments.ablate`: {{steps}} steps a run; mIoU in percent by section 4.1, with
-several seeds mean ± standard deviation. {NOISE_TEXT} Hours are those of training, by the median of
-its speed. The thesis reports one run a row, on four 2080 Ti."""
+Made by `python -m experiments.ablate`: {{steps}} steps of {{pairs}} pairs a run; mIoU in percent by
+section 4.1, with several seeds mean ± standard deviation. {NOISE_TEXT}
+Hours are those of training, by the median of its speed. The thesis reports one run a row, on four
+2080 Ti."""
 
 
 def report(
@@ -656,7 +658,7 @@ def write_results(names: Sequence[str], config: AblateConfig) -> str:
     results, rows = Path(config.results), {name: read_metrics(name, config) for name in complete}
     first = run_folder(complete[0], seeds_of(complete[0], config)[0], config)
     settings = json.loads((first / "config.json").read_text("utf-8"))
-    facts = {"steps": settings["train"]["steps"]}
+    facts = {"steps": settings["train"]["steps"], "pairs": settings["train"]["batch_size"]}
     if config.on_shapes:
         maskclip = segmenter_of(None, settings["model"]["clip_weights"])
         facts |= {"scenes": config.scenes, "maskclip": mean_ious(maskclip, config.scenes)["0.4"]}
