@@ -9,6 +9,7 @@ Examples:
 
 import json
 import math
+import warnings
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -371,8 +372,10 @@ def train(run: Run, loader: Iterable[Batch | UserError], stopping: Sequence[floa
         if ddp is None or run.step == unfreeze_step:
             model.image_segmenter.block.requires_grad_(run.step >= unfreeze_step)
             ddp = model
-            if process_count() > 1:
-                ddp = DistributedDataParallel(model)
+            if process_count() > 1:  # CLIP's buffers are constant: nothing to broadcast
+                with warnings.catch_warnings():  # torch 2.14 renames the option
+                    warnings.simplefilter("ignore", FutureWarning)
+                    ddp = DistributedDataParallel(model, broadcast_buffers=False)
         rate = learning_rate(run.step, config)
         for group in optimizer.param_groups:
             group["lr"] = rate

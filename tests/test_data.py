@@ -3,7 +3,6 @@
 import collections
 import pickle
 import re
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -163,15 +162,6 @@ def test_a_seed_gives_an_order_and_another_seed_another():
     a, b = take(make_stream(world), 3), take(make_stream(world), 3)
     assert all(map(same, a, b))
     assert not same(a[0], take(make_stream(world, seed=4), 1)[0])
-
-
-def test_a_scene_is_drawn_once_and_kept_as_it_is():
-    world = data.ShapesWorld(20)
-    with mock.patch.object(shapes, "draw", wraps=shapes.draw) as draw:
-        take(make_stream(world), 12)  # three epochs, each with crops and flips of its own
-    assert draw.call_count == len(world.drawn) == 20
-    for i, scene in world.drawn.items():
-        assert np.array_equal(scene.image, shapes.scene("train", i).image)
 
 
 def test_batches_do_not_depend_on_torch_or_numpy_global_state():
