@@ -21,7 +21,13 @@ from config import EvalConfig, option, parse, run_script
 from data import select_nouns, shapes_tagger
 from datasets import Benchmark, shapes
 from evaluate import Segmenter, evaluate, markdown_table
-from experiments.measure import ROOT, region_and_word_accuracy, run_training, segmenter_of
+from experiments.measure import (
+    ROOT,
+    kept_steps,
+    region_and_word_accuracy,
+    run_training,
+    segmenter_of,
+)
 from segment import noun_in, page_of, search_caption
 from support.draw import below, coloured_text, contact_sheet, legend, overlay, palette, save_png
 from support.files import save_text
@@ -38,12 +44,6 @@ class DemoConfig:
     steps: int = option(200, "training steps of 16 pairs", low=1)
     scenes: int = option(200, "held-out scenes that the metrics are measured on", low=1)
     rows: int = option(8, "scenes shown in the sheet", low=1)
-
-
-def kept_steps(steps: int) -> list[int]:
-    """After which steps the model is kept: a sixteenth, a quarter, a half and all of them."""
-    sixteenth = max(1, steps // 16)
-    return [step for step in (sixteenth, 4 * sixteenth, 8 * sixteenth) if step < steps] + [steps]
 
 
 def train(out: Path, steps: int) -> None:

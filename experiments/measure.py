@@ -62,6 +62,13 @@ def run_training(command: Sequence[str], environment: dict[str, str] | None = No
         raise UserError(f"training ended with exit code {code}")
 
 
+def kept_steps(steps: int) -> list[int]:
+    """After which steps a training keeps the model for `make read`: more of them at the beginning,
+    where more happens."""
+    shares = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1)
+    return sorted({max(1, round(share * steps)) for share in shares})
+
+
 def training_seconds(folder: Path) -> float:
     """Of a run's training, by its log's median speed: interruptions do not count."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]

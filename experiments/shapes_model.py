@@ -23,6 +23,7 @@ from experiments.measure import (
     ON_SHAPES,
     ONE_THREAD,
     ROOT,
+    kept_steps,
     mean_ious,
     region_and_word_accuracy,
     run_training,
@@ -48,13 +49,6 @@ class ShapesModelConfig:
     out: str = option(
         "out/shapes_model/shapes_code.pt", "file to write; the log becomes a .jsonl beside it"
     )
-
-
-def kept_steps(steps: int) -> list[int]:
-    """After which steps the model is kept for the page: more of them at the beginning, where more
-    happens."""
-    shares = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1)
-    return sorted({max(1, round(share * steps)) for share in shares})
 
 
 def train(config: ShapesModelConfig) -> None:

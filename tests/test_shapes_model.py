@@ -17,12 +17,13 @@ from clip import load_clip
 from config import UserError
 from datasets import shapes
 from experiments.measure import (
+    kept_steps,
     mean_ious,
     region_and_word_accuracy,
     segmenter_of,
     word_assignment_accuracy,
 )
-from experiments.shapes_model import STEPS, kept_steps
+from experiments.shapes_model import STEPS
 from segment import load_segmenter
 
 
@@ -71,6 +72,7 @@ def test_a_missing_file_is_named(monkeypatch, tmp_path):
 
 def test_more_steps_are_kept_where_more_happens():
     assert kept_steps(1000) == [20, 50, 100, 200, 400, 700, 1000]
+    assert kept_steps(16) == [1, 2, 3, 6, 11, 16]
     assert kept_steps(2) == [1, 2] and kept_steps(1) == [1]
 
 
