@@ -559,6 +559,20 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 # --- the script -----------------------------------------------------------------------------------
 
 
+def choose_checkpoint(config: MaskConfig, dataset: str) -> None:
+    """Where CoDe is asked for without a checkpoint, it is the one that train.py writes by default;
+    if there is none, on the shapes world the one that comes along."""
+    if config.checkpoint is not None or config.method != "code":
+        return
+    trained, where = Path(TrainConfig().out, "last.pt"), "where train.py writes"
+    if dataset == "shapes" and not trained.exists():
+        trained, where = SHAPES_MODEL, "which comes with the shapes world"
+    if trained == SHAPES_MODEL or trained.exists():
+        config.checkpoint = str(trained)
+        if process_rank() == 0:
+            print(f"no --checkpoint given: {trained}, {where}", flush=True)
+
+
 def load_method(config: MaskConfig, device: torch.device) -> tuple[open_clip.CLIP, CoDe | None]:
     """The CLIP of a segmenter and its model, None for a method without training.
 
@@ -644,14 +658,7 @@ def main() -> None:
             evaluate_all(lambda benchmark: None, benchmarks, config)
         stop_processes()
         return
-    if settings.checkpoint is None and settings.method == "code":
-        trained, where = Path(TrainConfig().out, "last.pt"), "where train.py writes"
-        if config.dataset == "shapes" and not trained.exists():
-            trained, where = SHAPES_MODEL, "which comes with the shapes world"
-        if trained == SHAPES_MODEL or trained.exists():
-            settings.checkpoint = str(trained)
-            if process_rank() == 0:
-                print(f"no --checkpoint given: {trained}, {where}", flush=True)
+    choose_checkpoint(settings, config.dataset)
     with lost_processes():
         with first_process_first():  # which fetches CLIP's weights
             clip, model = load_method(settings, device)

@@ -63,6 +63,7 @@ from datasets import Benchmark
 from evaluate import (
     Segmenter,
     check_world,
+    choose_checkpoint,
     evaluate_all,
     load_benchmarks,
     load_method,
@@ -252,6 +253,7 @@ def main() -> None:
         lines_of(benchmark, settings)
     device = choose_device(settings.device)
     start_processes(device, config.timeout)
+    choose_checkpoint(settings, config.dataset)
     with lost_processes():
         with first_process_first():  # which fetches CLIP's weights
             clip, model = load_method(settings, device)

@@ -114,6 +114,10 @@ def test_evaluation_takes_the_model_that_train_py_wrote_last(last, tmp_path):
     assert done.stdout.splitlines()[0] == (
         f"no --checkpoint given: {SHAPES_MODEL}, which comes with the shapes world"
     )
+    command[1] = ROOT / "training_free.py"
+    done = subprocess.run([*command, "--method", "code"], **options)
+    assert done.returncode == 0, done.stderr
+    assert str(SHAPES_MODEL) in done.stdout.splitlines()[0]
 
 
 def test_evaluation_of_a_training_checkpoint(last):
