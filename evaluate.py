@@ -565,12 +565,13 @@ def choose_checkpoint(config: MaskConfig, dataset: str) -> None:
     if config.checkpoint is not None or config.method != "code":
         return
     trained, where = Path(TrainConfig().out, "last.pt"), "where train.py writes"
-    if dataset == "shapes" and not trained.exists():
+    if not trained.exists():
+        if dataset != "shapes":
+            return
         trained, where = SHAPES_MODEL, "which comes with the shapes world"
-    if trained == SHAPES_MODEL or trained.exists():
-        config.checkpoint = str(trained)
-        if process_rank() == 0:
-            print(f"no --checkpoint given: {trained}, {where}", flush=True)
+    config.checkpoint = str(trained)
+    if process_rank() == 0:
+        print(f"no --checkpoint given: {trained}, {where}", flush=True)
 
 
 def load_method(config: MaskConfig, device: torch.device) -> tuple[open_clip.CLIP, CoDe | None]:

@@ -78,6 +78,9 @@ from support.distributed import (
 from support.files import save_text
 from support.log import Log
 
+# torch 2.14 renames this option of DistributedDataParallel; 2.5 does not know the new name.
+warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+
 # --- what a step is made of -----------------------------------------------------------------------
 
 
@@ -373,9 +376,7 @@ def train(run: Run, loader: Iterable[Batch | UserError], stopping: Sequence[floa
             model.image_segmenter.block.requires_grad_(run.step >= unfreeze_step)
             ddp = model
             if process_count() > 1:  # CLIP's buffers are constant: nothing to broadcast
-                with warnings.catch_warnings():  # torch 2.14 renames the option
-                    warnings.simplefilter("ignore", FutureWarning)
-                    ddp = DistributedDataParallel(model, broadcast_buffers=False)
+                ddp = DistributedDataParallel(model, broadcast_buffers=False)
         rate = learning_rate(run.step, config)
         for group in optimizer.param_groups:
             group["lr"] = rate

@@ -11,7 +11,6 @@ from PIL import Image
 
 from checkpoint import read_checkpoint
 from datasets import shapes
-from experiments.measure import kept_steps
 
 
 @pytest.mark.slow
@@ -42,7 +41,8 @@ def test_the_demo_writes_what_it_says(tmp_path):
     assert (tmp_path / "scenes" / "1.txt").read_text() == caption + "\n"
     assert read_checkpoint(tmp_path / "last.pt")["step"] == 16
     kept = {path.name for path in tmp_path.glob("step-*.pt")}  # for `make read`
-    assert kept == {f"step-{step}.pt" for step in kept_steps(16)}
+    names = {f"step-{step}.pt" for step in (1, 2, 3, 6, 11, 16)}
+    assert kept == names
     page = (tmp_path / "page.html").read_text()
     assert caption in page and "scene 1" in page
     assert done.stdout.rstrip().endswith(str(tmp_path / "page.html"))

@@ -72,7 +72,7 @@ def test_a_missing_file_is_named(monkeypatch, tmp_path):
 
 def test_more_steps_are_kept_where_more_happens():
     assert kept_steps(1000) == [20, 50, 100, 200, 400, 700, 1000]
-    assert kept_steps(16) == [1, 2, 3, 6, 11, 16]
+    assert kept_steps(16) == [1, 2, 3, 6, 11, 16] and kept_steps(5) == [1, 2, 4, 5]
     assert kept_steps(2) == [1, 2] and kept_steps(1) == [1]
 
 
