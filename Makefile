@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: .venv/ready
 	$(RUN) -m experiments.demo
 
-# datasets/shapes_code.pt, in an hour of two slow cores.
+# datasets/shapes_code.pt, in an hour and a half of two slow cores.
 model: .venv/ready
 	$(RUN) -m experiments.shapes_model --out datasets/shapes_code.pt
 

@@ -17,7 +17,7 @@ from datasets import shapes
 from model import CoDe, Decomposition
 from train import logistic_noise
 
-PAIRS = 8  # in the batch; the first is the pair that the page follows
+PAIRS, NOUNS = 8, 2  # in the batch; the first pair is the one that the page follows
 CPU = torch.device("cpu")
 
 
@@ -26,7 +26,7 @@ class Pairs:
     """Held-out pairs, prepared as training prepares its own: cropped, flipped, nouns drawn."""
 
     captions: list[str]
-    nouns: list[list[str]]  # each pair's J drawn nouns
+    nouns: list[list[str]]  # each pair's two drawn nouns
     batch: Batch
 
     def tokens(self) -> list[str]:
@@ -59,7 +59,7 @@ def small_batch(first: int, config: TrainConfig, context_length: int) -> Pairs:
         source,
         shapes_tagger(),
         pairs=PAIRS,
-        nouns=config.nouns,
+        nouns=NOUNS,
         context_length=context_length,
         size=shapes.SIDE,
         min_crop=config.min_crop,
