@@ -22,7 +22,7 @@ from runs import (
 
 pytestmark = pytest.mark.slow
 
-PREEMPTED = (*TINY, "--steps", "40", "--checkpoint-every", "1000", "--workers", "1")
+PREEMPTED = (*TINY, "--steps", "24", "--checkpoint-every", "1000", "--workers", "1")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def whole(request, tmp_path_factory) -> tuple[Path, int]:
 
 @pytest.mark.parametrize(
     "whole, send, moments",
-    [(2, to_launcher, (0, 15)), (2, to_group, (6,)), (1, ctrl_c, (11,))],
+    [(2, to_launcher, (0, 12)), (2, to_group, (6,)), (1, ctrl_c, (9,))],
     indirect=["whole"],
 )
 def test_a_preempted_run_saves_and_goes_on_bit_for_bit(whole, send, moments, tmp_path):

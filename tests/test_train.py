@@ -23,17 +23,17 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
+    """A run of ten steps that keeps two of them and evaluates itself twice."""
     out = tmp_path_factory.mktemp("whole")
-    train(*TINY, "--steps", "10", "--out", out)
+    evaluation = ("--eval-dataset", "shapes", "--eval-every", "5", "--eval-limit", "5")
+    train(*TINY, "--steps", "10", "--keep-steps", "6", "10", *evaluation, "--out", out)
     return out
 
 
-def test_a_run_writes_what_the_readme_says(uninterrupted):
-    assert {path.name for path in uninterrupted.iterdir()} == {
-        "last.pt",
-        "config.json",
-        "log.jsonl",
-    }
+def test_a_run_writes_what_the_readme_says_and_what_was_asked_for(uninterrupted):
+    asked = {"step-6.pt", "step-10.pt", "best.pt", "eval-5.json", "eval-10.json"}
+    always = {"last.pt", "config.json", "log.jsonl"}
+    assert {path.name for path in uninterrupted.iterdir()} == always | asked
     lines = log(uninterrupted)
     assert [line["step"] for line in lines] == list(range(1, 11))
     terms = ("kg", "image_contrast", "region_contrast", "area", "area_others", "smooth_features")
@@ -43,6 +43,18 @@ def test_a_run_writes_what_the_readme_says(uninterrupted):
     assert json.loads((uninterrupted / "config.json").read_text())["model"]["clip"] == "shapes"
 
 
+@pytest.fixture
+def resumed(monkeypatch, capsys):
+    """Go on, in this process, with a run that has all its steps; returns what is printed."""
+
+    def said(*options) -> str:
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options), "--resume"])
+        main()
+        return capsys.readouterr().out
+
+    return said
+
+
 def test_every_name_in_the_log_is_explained(uninterrupted):
     explained = support.log.__doc__
     names = {name for line in log(uninterrupted) for name in line}
@@ -50,10 +62,9 @@ def test_every_name_in_the_log_is_explained(uninterrupted):
     assert [name for name in names if f"`{name}`" not in explained] == []
 
 
-def test_the_last_block_is_frozen_first_and_trains_later(tmp_path, uninterrupted):
-    """At 60 % of the steps the copy of CLIP's last block starts to move."""
-    train(*TINY, "--steps", "10", "--unfreeze", "1.0", "--out", tmp_path)
-    frozen, trained = (load_model(p / "last.pt", CPU) for p in (tmp_path, uninterrupted))
+def test_the_last_block_is_frozen_first_and_trains_later(uninterrupted):
+    """After 60 % of the steps the copy of CLIP's last block starts to move."""
+    frozen, trained = (load_model(uninterrupted / f, CPU) for f in ("step-6.pt", "last.pt"))
     original = frozen.clip.visual.transformer.resblocks[-1]
     for name, value in original.named_parameters():
         assert torch.equal(value, frozen.image_segmenter.block.get_parameter(name))
@@ -93,12 +104,12 @@ def test_two_nodes(tmp_path):
     assert last["processes"] == 2 and set(last["offsets"]) == {0, 1}
 
 
-def test_the_best_checkpoint_is_kept(tmp_path):
-    evaluation = ("--eval-dataset", "shapes", "--eval-every", "2", "--eval-limit", "5")
-    train(*TINY, "--steps", "4", "--out", tmp_path, *evaluation)
-    best, last = (read_checkpoint(tmp_path / name) for name in ("best.pt", "last.pt"))
-    assert best["mIoU"] == last["best"] > 0
-    load_model(tmp_path / "best.pt", CPU)
+def test_the_best_checkpoint_is_kept(uninterrupted):
+    best, last = (read_checkpoint(uninterrupted / name) for name in ("best.pt", "last.pt"))
+    texts = [(uninterrupted / f"eval-{step}.json").read_text() for step in (5, 10)]
+    found = [json.loads(text)["average"] for text in texts]
+    assert best["mIoU"] == last["best"] == max(found) > 0
+    load_model(uninterrupted / "best.pt", CPU)
 
 
 def test_several_benchmarks_and_an_evaluation_that_was_cut_off(tmp_path, monkeypatch):
@@ -163,17 +174,16 @@ def test_several_benchmarks_and_an_evaluation_that_was_cut_off(tmp_path, monkeyp
     main()  # nothing is left to do: `values` has no more
 
 
-def test_named_steps_are_kept(tmp_path):
-    options = (*TINY, "--steps", "4", "--out", tmp_path)
-    train(*options, "--keep-steps", "2", "4")
-    assert {path.name for path in tmp_path.glob("step-*")} == {"step-2.pt", "step-4.pt"}
-    second, fourth, last = (
-        load_model(tmp_path / name, CPU).learned_state()
-        for name in ("step-2.pt", "step-4.pt", "last.pt")
+def test_named_steps_are_kept(uninterrupted, resumed):
+    sixth, tenth, last = (
+        load_model(uninterrupted / name, CPU).learned_state()
+        for name in ("step-6.pt", "step-10.pt", "last.pt")
     )
-    assert all(torch.equal(fourth[name], value) for name, value in last.items())
-    assert not torch.equal(second["context"], last["context"])
-    train(*options, "--resume", "--keep-steps", "3")  # other steps are no other run
+    assert all(torch.equal(tenth[name], value) for name, value in last.items())
+    assert not torch.equal(sixth["context"], last["context"])
+    # Other steps are no other run.
+    options = (*TINY, "--steps", "10", "--keep-steps", "3", "--out", uninterrupted)
+    assert "step 10 of 10" in resumed(*options)
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path):
@@ -201,7 +211,7 @@ def test_an_update_that_is_not_finite_is_left_out():
         assert torch.equal(weight, before) != moved
 
 
-def test_real_pairs_and_where_they_have_moved(tmp_path):
+def test_real_pairs_and_where_they_have_moved(tmp_path, resumed, mistake):
     """A folder of photograph-sized images with free-form captions, on a CLIP of its own."""
     pairs, moved = tmp_path / "pairs", tmp_path / "moved"
     pairs.mkdir()
@@ -226,10 +236,10 @@ def test_real_pairs_and_where_they_have_moved(tmp_path):
     assert lines[-1]["skipped"].keys() == {"fewer than 2 nouns", "not an image"}
 
     pairs.rename(moved)
-    assert "step 6 of 6" in train(*options, "--pairs", moved, "--resume").stdout
+    assert "step 6 of 6" in resumed(*options, "--pairs", moved)
     (moved / "0.txt").unlink()
-    other = train(*options, "--pairs", moved, "--resume", code=2)
-    assert "of another configuration: the data has other files" in other.stderr
+    message = mistake(main, *options, "--pairs", moved, "--resume")
+    assert "of another configuration: the data has other files" in message
 
 
 def test_learning_rate():
@@ -274,18 +284,21 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, words, mistake):
     assert words in mistake(main, *arguments)
 
 
-def test_help_lists_every_field():
-    text = train("--help").stdout
+def test_help_lists_every_field(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    text = capsys.readouterr().out
     for name in ("--lambda-hcl", "--no-word-prompt", "--context-init", "--checkpoint-every"):
         assert name in text
 
 
-def test_resuming_another_configuration_names_the_difference(uninterrupted):
-    done = train(*TINY, "--steps", "10", "--lr", "0.5", "--out", uninterrupted, "--resume", code=2)
-    assert "lr was 0.003, is 0.5" in done.stderr
+def test_resuming_another_configuration_names_the_difference(uninterrupted, mistake):
+    options = (*TINY, "--steps", "10", "--lr", "0.5", "--out", uninterrupted, "--resume")
+    assert "lr was 0.003, is 0.5" in mistake(main, *options)
 
 
-def test_a_run_is_not_overwritten(uninterrupted):
-    done = train(*TINY, "--steps", "10", "--out", uninterrupted, code=2)
-    assert "holds a run: --resume goes on with it" in done.stderr
+def test_a_run_is_not_overwritten(uninterrupted, mistake):
+    message = mistake(main, *TINY, "--steps", "10", "--out", uninterrupted)
+    assert "holds a run: --resume goes on with it" in message
     assert len(log(uninterrupted)) == 10
