@@ -134,7 +134,7 @@ def nouns_of_words(words: Sequence[str]) -> list[str | None]:
 def word_assignment_accuracy(model: CoDe, scenes: int) -> dict[str, float]:
     """Percent of noun words, and of adjectives, whose likeliest segment is that of their noun.
 
-    Two nouns of each held-out caption are asked for, as in training.
+    Two nouns of each held-out caption are asked for, whatever the training drew.
     """
     found: dict[str, list[bool]] = {"nouns": [], "adjectives": []}
     for i in range(scenes):

@@ -34,7 +34,7 @@ except LookupError:  # the small data of tests/make_tagger.py, for the processes
 
 CPU = torch.device("cpu")
 # Files that take minutes begin first, or one process would be left with them at the end.
-LONGEST = ("test_learning", "test_ablate", "test_resume", "test_preemption", "test_demo")
+LONGEST = ("test_ablate", "test_resume", "test_preemption", "test_failures", "test_demo")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,8 +21,8 @@ def mean_iou(method: str, checkpoint: Path) -> float:
 
 
 @pytest.mark.slow
-def test_150_steps_beat_maskclip_by_five_points(tmp_path):
-    """Without any mask."""
-    train("--preset", "shapes", "--steps", "150", "--workers", "0", "--out", tmp_path)
+def test_60_steps_beat_maskclip_by_fifteen_points(tmp_path):
+    """Without any mask. In three seeds it was 27 points."""
+    train("--preset", "shapes", "--steps", "60", "--workers", "0", "--out", tmp_path)
     found = {method: mean_iou(method, tmp_path / "last.pt") for method in ("code", "maskclip")}
-    assert found["code"] > found["maskclip"] + 5, found
+    assert found["code"] > found["maskclip"] + 15, found

@@ -75,7 +75,8 @@ def test_gradients_are_clipped_to_the_norm_that_is_asked_for(tmp_path):
     assert left.item() == pytest.approx(0.01, rel=1e-3) and line["grad_norm"] > 0.1
 
 
-def test_the_second_phase_begins_at_its_step(tmp_path, monkeypatch):
+@pytest.mark.parametrize("options, frozen", [({}, 6), ({"unfreeze": 0.3}, 3)])
+def test_the_second_phase_begins_at_its_step(tmp_path, monkeypatch, options, frozen):
     """Section 3.5: at 60 % of the steps the copy of the last visual block joins."""
     trains, losses = [], train.code_loss
 
@@ -86,9 +87,9 @@ def test_the_second_phase_begins_at_its_step(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "code_loss", watched)
     model = random_model()
     batch = replace(some_batch(model), position=(0, 0, 1))
-    config = TrainConfig(out=str(tmp_path), steps=10, batch_size=3)
+    config = TrainConfig(out=str(tmp_path), steps=10, batch_size=3, **options)
     train.train(new_run(model, config), [batch] * 10)
-    assert trains == [False] * 6 + [True] * 4
+    assert trains == [False] * frozen + [True] * (10 - frozen)
 
 
 def test_noise_follows_from_seed_and_step():

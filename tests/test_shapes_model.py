@@ -42,10 +42,11 @@ def test_its_log_lies_beside_it():
     lines = SHAPES_MODEL.with_suffix(".jsonl").read_text("utf-8").splitlines()
     steps = [json.loads(line)["step"] for line in lines]
     assert steps == sorted(steps) and steps[-1] == STEPS
+    assert json.loads(lines[-1])["skipped"].keys() == {"fewer than 3 nouns"}
 
 
 def test_it_finds_regions_and_words():
-    """What the README says of 500 scenes, on a few, with room for chance."""
+    """What docs/shapes.md says of 500 scenes, on a few, with room for chance."""
     segmenter, scenes = segmenter_of(SHAPES_MODEL), 20
     assert mean_ious(segmenter, scenes)["0.4"] > 70
     words = word_assignment_accuracy(segmenter.model, scenes)
@@ -121,5 +122,6 @@ def test_the_same_command_makes_the_same_file(tmp_path):
         return (tmp_path / f"{run}.pt").read_bytes()
 
     assert make("first") == make("second")
-    assert json.loads((tmp_path / "first.jsonl").read_text("utf-8"))["step"] == 1
+    line = json.loads((tmp_path / "first.jsonl").read_text("utf-8"))
+    assert line["step"] == 1 and line["skipped"].keys() == {"fewer than 3 nouns"}
     assert (tmp_path / "first" / "step-1.pt").exists()

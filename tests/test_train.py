@@ -1,4 +1,5 @@
-"""train.py as it is used: a subprocess, torchrun with two processes and with two nodes."""
+"""train.py as it is used: a subprocess, torchrun with two processes and with two nodes. Mistakes,
+and going on with a run that has all its steps, in this process."""
 
 import json
 import subprocess
@@ -20,6 +21,8 @@ from train import learning_rate, main
 
 pytestmark = pytest.mark.slow
 
+ALWAYS = {"last.pt", "config.json", "log.jsonl"}
+
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
@@ -32,8 +35,7 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 def test_a_run_writes_what_the_readme_says_and_what_was_asked_for(uninterrupted):
     asked = {"step-6.pt", "step-10.pt", "best.pt", "eval-5.json", "eval-10.json"}
-    always = {"last.pt", "config.json", "log.jsonl"}
-    assert {path.name for path in uninterrupted.iterdir()} == always | asked
+    assert {path.name for path in uninterrupted.iterdir()} == ALWAYS | asked
     lines = log(uninterrupted)
     assert [line["step"] for line in lines] == list(range(1, 11))
     terms = ("kg", "image_contrast", "region_contrast", "area", "area_others", "smooth_features")
@@ -48,7 +50,9 @@ def resumed(monkeypatch, capsys):
     """Go on, in this process, with a run that has all its steps; returns what is printed."""
 
     def said(*options) -> str:
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options), "--resume"])
+        monkeypatch.setattr(
+            sys, "argv", ["train.py", *map(str, options), "--workers", "0", "--resume"]
+        )
         main()
         return capsys.readouterr().out
 
@@ -78,6 +82,7 @@ def test_the_last_block_is_frozen_first_and_trains_later(uninterrupted):
 def test_two_processes_under_torchrun(tmp_path):
     done = train(*TINY, "--steps", "5", "--out", tmp_path, processes=2)
     assert len(log(tmp_path)) == 5 and "broadcast_buffers" not in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == ALWAYS
     offsets = read_checkpoint(tmp_path / "last.pt")["offsets"]
     assert set(offsets) == {0, 1}  # each process read its own share
 

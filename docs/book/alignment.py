@@ -74,6 +74,8 @@ def hcl(o: Observation) -> str:
 def bars(seen: Observations) -> str:
     """Eq. 3.8: every logged step's L as a bar of its weighted terms."""
     log = [json.loads(line) for line in seen[0].log.read_text("utf-8").splitlines()]
+    interval = log[0]["step"]  # a run that was stopped has logged its last step besides
+    log = [line for line in log if line["step"] % interval == 0]
     top, last = max(line["total"] for line in log), log[-1]["step"]
     columns = ""
     for line in log:

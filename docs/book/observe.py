@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Pairs:
-    """Held-out pairs, prepared as training prepares its own: cropped, flipped, nouns drawn."""
+    """Held-out pairs, cropped and flipped as in training, with two nouns each drawn."""
 
     captions: list[str]
     nouns: list[list[str]]  # each pair's two drawn nouns
