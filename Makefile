@@ -25,8 +25,7 @@ read: .venv/ready
 test: .venv/ready
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# What a contributor runs after every change: style and the fast tests (two minutes
-# on two slow cores).
+# What a contributor runs after every change: style and the fast tests; two minutes of slow cores.
 check: lint
 	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
 
