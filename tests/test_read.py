@@ -69,8 +69,8 @@ def folder(trained, tmp_path_factory):
             trained.region_prompt.add_(0.1)
         save_checkpoint(model_content(trained), folder / f"step-{step}.pt")
     save_checkpoint(run_content() | model_content(trained) | {"step": 8}, folder / "last.pt")
-    line = {"step": 8, "total": 9.0} | dict.fromkeys(TERMS, 1.0)
-    (folder / "log.jsonl").write_text(json.dumps(line) + "\n")
+    lines = [{"step": n, "total": 9.0} | dict.fromkeys(TERMS, 1.0) for n in (3, 8)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
@@ -106,6 +106,11 @@ def test_the_code_that_it_names_exists():
 def test_formulas_are_mathml():
     assert "<msup><mi>X</mi><mi>v</mi></msup>" in formula("X^v")
     assert "&gt;" in formula("a > b") or "&#x0003E;" in formula("a > b")
+
+
+def test_a_bar_is_as_wide_as_its_steps(page):
+    """Stopped at step 3, a run has logged it, whatever --log-every is."""
+    assert re.findall(r'flex-grow:(\d+)" title="step (\d+):', page) == [("3", "3"), ("5", "8")]
 
 
 def test_a_folder_without_kept_steps_is_named(tmp_path):

@@ -74,14 +74,15 @@ def hcl(o: Observation) -> str:
 def bars(seen: Observations) -> str:
     """Eq. 3.8: every logged step's L as a bar of its weighted terms."""
     log = [json.loads(line) for line in seen[0].log.read_text("utf-8").splitlines()]
-    interval = log[0]["step"]  # a run that was stopped has logged its last step besides
-    log = [line for line in log if line["step"] % interval == 0]
     top, last = max(line["total"] for line in log), log[-1]["step"]
-    columns = ""
+    columns, before = "", 0
     for line in log:
+        # As wide as its steps: a run that was stopped has logged its last step besides.
+        wide, before = line["step"] - before, line["step"]
         heights = enumerate(100 * line[term] / top for term in TERMS)
         parts = "".join(f'<i class="term-{i}" style="height:{h:.2f}%"></i>' for i, h in heights)
-        columns += f'<div title="step {line["step"]}: L = {line["total"]:.2f}">{parts}</div>'
+        title = f"step {line['step']}: L = {line['total']:.2f}"
+        columns += f'<div style="flex-grow:{wide}" title="{title}">{parts}</div>'
     cursors = [f'<b style="right:{100 - 100 * o.step / last:.1f}%">{o.step}</b>' for o in seen]
     legend = "".join(
         f'<span><i class="patch term-{i}"></i>{name}</span>'
